@@ -1,0 +1,40 @@
+# The two commands of the README are `make demo` and `make test`. Both need only Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format clean
+
+# Convert the built-in FP8 model to INT4, verify it by running both, and let both speak.
+demo: $(VENV)/.run
+	rm -rf build/demo-int4
+	$(BIN)/requant convert demo build/demo-int4 --to int4 --verify
+	@echo; echo "source:"; $(BIN)/requant run demo "The function returns" --max-tokens 48
+	@echo; echo "INT4:"; $(BIN)/requant run build/demo-int4 "The function returns" --max-tokens 48
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+# Format, lint, types, tests: what CI runs.
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --durations=10
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "requant needs Python >= 3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,6 @@
+"""`python -m requant`."""
+
+from requant.cli import main
+
+if __name__ == "__main__":
+    main()

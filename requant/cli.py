@@ -1,0 +1,343 @@
+"""The command line: parse, call, print. DESIGN: exit 0 done, 1 the answer is no, 2 could not run,
+70 a bug in requant, 130 interrupted.
+
+torch is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from requant import __version__
+from requant.errors import RequantError
+from requant.output import Output, error
+
+if TYPE_CHECKING:
+    import torch
+
+    from requant.convert.plan import Plan
+
+app = typer.Typer(
+    name="requant",
+    help="Turn a published checkpoint into the artifact that runs on your hardware, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or `demo`.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Tiles computed at a time; default: the CPU's cores.")
+]
+To = Annotated[
+    str | None, typer.Option("--to", help="A format's default recipe, e.g. int4[group_size=32].")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A preset's name, or a recipe file (.toml).")
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Largest mean KL in nats per token; default: by format."),
+]
+
+
+P = ParamSpec("P")
+
+
+def command(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Register a command and map what it raises to the exit codes of this module's docstring."""
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                function(*args, **kwargs)
+            except RequantError as refused:
+                error(str(refused))
+                raise typer.Exit(2) from refused
+            except KeyboardInterrupt as interrupted:
+                error("interrupted; repeat the command to continue")
+                raise typer.Exit(130) from interrupted
+            except BrokenPipeError as closed:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from closed
+            except (typer.Exit, typer.Abort, typer.BadParameter):
+                raise
+            except Exception as bug:
+                traceback.print_exc()
+                error(f"this is a bug in requant {__version__}; please report it")
+                raise typer.Exit(70) from bug
+
+        return app.command(name)(run)
+
+    return register
+
+
+@command("inspect")
+def inspect_command(source: Source, json: Json = False, quiet: Quiet = False) -> None:
+    """Show formats by role, sizes, parameters and KV-cache bytes of a checkpoint."""
+    from requant.convert.inspect import inspect, render
+    from requant.convert.source import Checkpoint
+
+    facts = inspect(Checkpoint.open(_folder(source)))
+    Output(json, quiet).result(facts, lambda: render(facts))
+
+
+@command("formats")
+def formats_command(json: Json = False, quiet: Quiet = False) -> None:
+    """List the formats that requant reads and writes."""
+    from requant.convert.report import formats_table
+    from requant.quant import describe_formats
+
+    formats = describe_formats()
+    Output(json, quiet).result(formats, lambda: formats_table(formats))
+
+
+@command("recipes")
+def recipes_command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this preset.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the presets, or print one to copy and edit."""
+    from requant.convert.recipe import load_recipe, recipe_names, recipe_text
+    from requant.convert.report import recipes_table
+
+    output = Output(json, quiet)
+    if name is not None:
+        text = recipe_text(name)
+        output.result({"name": name, "text": text}, lambda: text.rstrip())
+        return
+    recipes = [
+        {"name": r.name, "format": r.format, "description": r.description}
+        for r in map(load_recipe, recipe_names())
+    ]
+    output.result(recipes, lambda: recipes_table(recipes))
+
+
+@command("plan")
+def plan_command(
+    source: Source,
+    to: To = None,
+    recipe: RecipeOption = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show all that convert would do, from headers alone."""
+    from requant.convert.report import plan_table
+
+    summary = _plan(source, to, recipe).summary()
+    Output(json, quiet).result(summary, lambda: plan_table(summary))
+
+
+@command("convert")
+def convert_command(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    to: To = None,
+    recipe: RecipeOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run source and output afterwards, and judge.")
+    ] = False,
+    max_kl: MaxKl = None,
+    device: Device = None,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a checkpoint into another format. Repeating the command continues it."""
+    from requant.convert.report import plan_table
+    from requant.convert.run import Runtime, convert
+
+    if max_kl is not None and not verify:
+        raise RequantError("--max-kl has no effect without --verify")
+    output = Output(json, quiet)
+    runtime = Runtime(_device(device), workers or os.cpu_count() or 1)
+    plan = _plan(source, to, recipe)
+    with output.progress(plan.read_bytes, "convert") as progress:
+        result = convert(plan, out, runtime, progress)
+    if not verify:
+        output.result(result, lambda: plan_table(result))
+        return
+    if not json:
+        output.result(result, lambda: plan_table(result))
+    verdict = _verify(source, out, max_kl, device, output)
+    _judge(verdict, {**result, "verify": verdict}, output)
+
+
+@command("verify")
+def verify_command(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The converted checkpoint.")],
+    max_kl: MaxKl = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Run at least this many tokens of held-out text.")
+    ] = 2048,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text file to run instead of the built-in text.")
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run source and output over held-out text, compare them, and judge."""
+    output = Output(json, quiet)
+    verdict = _verify(source, out, max_kl, device, output, tokens, text)
+    _judge(verdict, verdict, output)
+
+
+@command("run")
+def run_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or `demo`.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="Default: standard input.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate text."""
+    from requant.runner.generate import complete
+
+    if seed is not None and temperature == 0:
+        raise RequantError("--seed has no effect with --temperature 0")
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequantError("give a prompt, or text on standard input")
+        prompt = sys.stdin.read()
+    result = complete(
+        _folder(model),
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed or 0,
+        device=_device(device),
+    )
+    Output(json, quiet).result(result, lambda: _plain(prompt + str(result["text"])))
+
+
+@command("download")
+def download_command(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="`demo`, the built-in model.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or new folder.")],
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model out as an ordinary checkpoint folder."""
+    from requant.demo import write_demo
+
+    if repo != "demo":
+        raise RequantError(
+            f"{repo}: only `demo` can be downloaded so far; fetch a Hub repository with its own "
+            "client and give requant the folder"
+        )
+    result = write_demo(folder)
+    Output(json, quiet).result(
+        result, lambda: _plain(f"{result['files']} files written to {folder}")
+    )
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Turn a published checkpoint into the artifact that runs on your hardware, and prove it."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `requant` command."""
+    app()
+
+
+def _folder(source: str) -> Path:
+    """The folder that SRC names."""
+    if source == "demo":
+        from requant.demo import demo_path
+
+        return demo_path()
+    return Path(source)
+
+
+def _plan(source: str, to: str | None, recipe: str | None) -> Plan:
+    from requant.convert.plan import make_plan
+    from requant.convert.recipe import default_recipe, load_recipe
+    from requant.convert.source import Checkpoint
+
+    if (to is None) == (recipe is None):
+        raise RequantError("give either --to FORMAT or --recipe NAME|FILE.toml")
+    chosen = default_recipe(to) if to is not None else load_recipe(recipe or "")
+    return make_plan(Checkpoint.open(_folder(source)), chosen)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to compute on. Raises RequantError when it is not there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as unknown:
+        raise RequantError(f"--device {name}: expected cpu, cuda or cuda:N") from unknown
+    if device.type not in ("cpu", "cuda"):
+        raise RequantError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequantError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _verify(
+    source: str,
+    out: Path,
+    max_kl: float | None,
+    device: str | None,
+    output: Output,
+    tokens: int = 2048,
+    text: Path | None = None,
+) -> dict[str, Any]:
+    from requant.verify.comparison import verify
+
+    try:
+        words = text.read_text("utf-8") if text is not None else None
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise RequantError(f"{text}: cannot read the text: {unreadable}") from unreadable
+    output.status(f"verify: running {source} and {out} side by side")
+    return verify(
+        _folder(source), out, device=_device(device), max_kl=max_kl, tokens=tokens, text=words
+    )
+
+
+def _judge(verdict: dict[str, Any], document: dict[str, Any], output: Output) -> None:
+    """Print the verdict and exit 1 when it is no."""
+    from requant.verify.report import render
+
+    output.result(document, lambda: render(verdict))
+    if not verdict["ok"]:
+        raise typer.Exit(1)
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)

@@ -1,0 +1,90 @@
+"""What is finished in an output folder, so that the same command continues after a crash.
+
+One JSON line per event in OUT/.requant-journal.jsonl: first the plan's key, then each finished file
+with its size. It is removed when the conversion is complete; from then on OUT/requant.json, which
+holds the same key, says what the folder is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from requant.errors import CheckpointError
+
+JOURNAL_NAME = ".requant-journal.jsonl"
+MANIFEST_NAME = "requant.json"
+
+
+class Journal:
+    """The open journal of one conversion; holds a lock on OUT until closed."""
+
+    def __init__(self, out: Path, key: str) -> None:
+        """Claim `out`. Raises CheckpointError when it holds anything but this conversion."""
+        self.path = out / JOURNAL_NAME
+        resuming = self.path.exists()
+        if not resuming and any(out.iterdir()):
+            raise CheckpointError(
+                f"{out}: already holds something else ({min(p.name for p in out.iterdir())}, ...); "
+                "choose an empty folder, or remove it"
+            )
+        self._file = self.path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise CheckpointError(
+                f"{out}: another requant is writing to it; wait for it"
+            ) from error
+        self.finished: dict[str, int] = {}
+        events = self._read()
+        if events and events[0].get("key") != key:
+            self._file.close()
+            raise CheckpointError(
+                f"{out}: holds an unfinished conversion of another source, recipe or version; "
+                "repeat that command to finish it, or remove the folder to start over"
+            )
+        if not events:
+            self._append({"key": key})
+        for event in events[1:]:
+            self.finished[str(event["file"])] = int(event["nbytes"])
+
+    def finish(self, file: str, nbytes: int) -> None:
+        """Record that a file is complete under its final name."""
+        self._append({"file": file, "nbytes": nbytes})
+        self.finished[file] = nbytes
+
+    def remove(self) -> None:
+        """The conversion is complete."""
+        self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._file.close()
+
+    def _read(self) -> list[dict[str, Any]]:
+        """All whole lines; a last line that a crash cut short does not count."""
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
+        if len(whole) != len(text):
+            os.truncate(self.path, len(whole.encode()))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _append(self, event: dict[str, Any]) -> None:
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """OUT/requant.json of a finished conversion, or None."""
+    try:
+        manifest = json.loads((out / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None

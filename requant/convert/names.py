@@ -1,0 +1,120 @@
+"""What a tensor's name says: layer, module, expert, part, and the role of the weight.
+
+Names are split into dotted components once and compared as whole components, never as substrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from requant.quant import PART_NAMES
+
+Role = Literal[
+    "embedding",
+    "lm_head",
+    "norm",
+    "bias",
+    "router",
+    "router_bias",
+    "attention",
+    "dense_mlp",
+    "shared_expert",
+    "routed_expert",
+    "mtp",
+    "other",
+]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+#: The roles whose weights are linear layers that formats are made for.
+LINEAR_ROLES: frozenset[Role] = frozenset(
+    {"attention", "dense_mlp", "shared_expert", "routed_expert"}
+)
+
+_ATTENTION = frozenset(
+    "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+)
+_MLP = frozenset("gate_proj up_proj down_proj w1 w2 w3".split())
+_EMBEDDINGS = frozenset("embed_tokens embed wte".split())
+_HEADS = frozenset("lm_head head".split())
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """`model.layers.3.mlp.experts.7.up_proj.weight_scale_inv`, taken apart.
+
+    `module` is everything before the part; `layer` and `expert` are None where there is none.
+    """
+
+    module: str
+    part: str
+    layer: int | None
+    expert: int | None
+
+    @classmethod
+    def parse(cls, name: str) -> TensorName:
+        """Take a stored tensor's name apart."""
+        module, _, part = name.rpartition(".")
+        components = module.split(".")
+        return cls(module, part, _number(components, "layers"), _number(components, "experts"))
+
+    @property
+    def weight(self) -> str:
+        """The canonical name of the weight this part belongs to: `<module>.weight`, or itself."""
+        part = "weight" if self.part in PART_NAMES else self.part
+        return f"{self.module}.{part}" if self.module else part
+
+
+def kind_of(name: str, shape: tuple[int, ...]) -> Role:
+    """What a weight is for by its own name, wherever it lies (an MTP layer has every kind)."""
+    parsed = TensorName.parse(name)
+    components = parsed.module.split(".")
+    leaf = components[-1]
+    if parsed.part == "e_score_correction_bias":
+        return "router_bias"
+    if len(shape) <= 1:
+        return "bias" if parsed.part == "bias" else "norm"
+    if parsed.part != "weight" or len(shape) != 2:
+        return "other"
+    if leaf in _EMBEDDINGS:
+        return "embedding"
+    if leaf in _HEADS:
+        return "lm_head"
+    if leaf in ("gate", "router"):
+        return "router"
+    if leaf in _ATTENTION and "indexer" not in components:
+        return "attention"
+    if leaf in _MLP:
+        if parsed.expert is not None:
+            return "routed_expert"
+        shared = {"shared_experts", "shared_expert"} & set(components)
+        return "shared_expert" if shared else "dense_mlp"
+    return "other"
+
+
+def role_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Role:
+    """The role: `mtp` for everything in a multi-token-prediction layer, else its kind."""
+    if is_mtp(name, config):
+        return "mtp"
+    return kind_of(name, shape)
+
+
+def is_mtp(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor lies in the layers counted by num_nextn_predict_layers, or under `mtp.`."""
+    parsed = TensorName.parse(name)
+    if "mtp" in parsed.module.split("."):
+        return True
+    count = config.get("num_nextn_predict_layers") or 0
+    layers = config.get("num_hidden_layers")
+    if parsed.layer is None or not isinstance(layers, int) or not isinstance(count, int):
+        return False
+    return layers <= parsed.layer < layers + count
+
+
+def _number(components: list[str], after: str) -> int | None:
+    """The integer component that follows `after`, as in layers.3 or experts.7."""
+    for word, number in zip(components, components[1:], strict=False):
+        if word == after and number.isdecimal():
+            return int(number)
+    return None

@@ -1,0 +1,156 @@
+"""Recipes: which weights go into which format. Data in TOML files, read and checked here.
+
+    description = "one line"
+    [roles]                      # attention, dense_mlp, shared_expert, routed_expert, mtp
+    routed_expert = "int4"       # a format, or "keep"; a role that is not named is kept
+    [modules]                    # exceptions: glob over module names, the first match counts
+    "model.layers.0.mlp.*" = "bf16"
+
+Embeddings, lm_head, norms, biases and routers are always copied bit-identical, and so is what is
+not a linear layer of an MTP layer (its eh_proj, norms, router and embeddings).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from requant.convert.names import LINEAR_ROLES, TensorName, kind_of
+from requant.convert.source import Checkpoint, StoredWeight
+from requant.errors import FormatError, RequantError
+from requant.quant import Codec, format_name, parse_format
+from requant.quant.plain import Plain
+
+#: The roles a recipe may name.
+RECIPE_ROLES = frozenset({*LINEAR_ROLES, "mtp"})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`roles` and `modules` map to a codec, or None for "keep"."""
+
+    name: str
+    description: str
+    roles: Mapping[str, Codec | None]
+    modules: Mapping[str, Codec | None]
+
+    @property
+    def format(self) -> str:
+        """The formats it writes, in order, e.g. `int4` or `int4[group_size=32]+bf16`."""
+        names = [format_name(c) for c in (*self.roles.values(), *self.modules.values()) if c]
+        return "+".join(dict.fromkeys(names)) or "keep"
+
+    def target(self, weight: StoredWeight) -> Codec | None:
+        """The codec this weight is to be written in; None to keep it as it is stored."""
+        if weight.codec is None or kind_of(weight.name, weight.shape) not in LINEAR_ROLES:
+            return None
+        module = TensorName.parse(weight.name).module
+        for pattern, codec in self.modules.items():
+            if fnmatch.fnmatchcase(module, pattern):
+                return codec
+        return self.roles.get(weight.role)
+
+    def require_effect(self, source: Checkpoint) -> None:
+        """Raise when a [modules] pattern matches no linear weight: a typo must not pass."""
+        modules = {
+            TensorName.parse(weight.name).module
+            for weight in source.weights.values()
+            if kind_of(weight.name, weight.shape) in LINEAR_ROLES
+        }
+        for pattern in self.modules:
+            if not fnmatch.filter(modules, pattern):
+                raise RequantError(
+                    f"recipe {self.name}: [modules] {pattern!r} matches no linear weight of "
+                    f"{source.path}; patterns are compared with names such as {min(modules)!r}"
+                )
+
+
+def recipe_names() -> list[str]:
+    """The presets that ship with requant."""
+    folder = resources.files("requant.recipes")
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def recipe_text(name: str) -> str:
+    """The text of a preset. Raises RequantError naming the presets there are."""
+    if name not in recipe_names():
+        raise RequantError(f"unknown recipe {name!r}: one of {', '.join(recipe_names())}")
+    return resources.files("requant.recipes").joinpath(f"{name}.toml").read_text()
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A preset by name, or a recipe file by a path that ends in .toml."""
+    if not name_or_file.endswith(".toml"):
+        return parse_recipe(name_or_file, recipe_text(name_or_file))
+    try:
+        text = Path(name_or_file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequantError(f"{name_or_file}: cannot read the recipe: {error}") from error
+    return parse_recipe(name_or_file, text)
+
+
+def default_recipe(format_text: str) -> Recipe:
+    """The default recipe of a format; the options of `format_text` apply to all it converts."""
+    codec = parse_format(format_text)
+    recipe = parse_recipe(codec.name, recipe_text(codec.name))
+
+    def with_options(codecs: Mapping[str, Codec | None]) -> dict[str, Codec | None]:
+        return {k: codec if c and c.name == codec.name else c for k, c in codecs.items()}
+
+    return dataclasses.replace(
+        recipe, roles=with_options(recipe.roles), modules=with_options(recipe.modules)
+    )
+
+
+def parse_recipe(name: str, text: str) -> Recipe:
+    """Parse a recipe's text. Unknown keys, roles and formats are errors."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RequantError(f"recipe {name}: not valid TOML: {error}") from error
+    unknown = set(data) - {"description", "roles", "modules"}
+    if unknown:
+        raise RequantError(
+            f"recipe {name}: unknown key {min(unknown)!r}; it may have description, roles, modules"
+        )
+    roles = _table(name, data, "roles")
+    for role in roles:
+        if role not in RECIPE_ROLES:
+            raise RequantError(
+                f"recipe {name}: [roles] has {role!r}; one of {', '.join(sorted(RECIPE_ROLES))} "
+                "(everything else is copied bit-identical)"
+            )
+    modules = _table(name, data, "modules")
+    if not any((*roles.values(), *modules.values())):
+        raise RequantError(f"recipe {name}: converts nothing; name a format in [roles]")
+    return Recipe(name, str(data.get("description", "")), roles, modules)
+
+
+def _table(name: str, data: Mapping[str, object], key: str) -> dict[str, Codec | None]:
+    table = data.get(key, {})
+    if not isinstance(table, dict):
+        raise RequantError(f"recipe {name}: {key} is not a table")
+    codecs: dict[str, Codec | None] = {}
+    for left, right in table.items():
+        if not isinstance(right, str):
+            raise RequantError(f"recipe {name}: [{key}] {left} = {right!r} is not a format name")
+        try:
+            codecs[left] = None if right == "keep" else parse_format(right)
+        except FormatError as error:
+            raise FormatError(f"recipe {name}: [{key}] {left}: {error}") from error
+    return codecs
+
+
+def plain_codec(config: Mapping[str, object]) -> Plain:
+    """The plain format that a checkpoint's activations are in: its torch_dtype, bf16 by default."""
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    codec = parse_format({"float16": "fp16", "float32": "fp32"}.get(str(dtype), "bf16"))
+    assert isinstance(codec, Plain)
+    return codec

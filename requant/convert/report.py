@@ -1,0 +1,57 @@
+"""How plans, formats and recipes look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from requant.output import size
+
+
+def plan_table(summary: Mapping[str, Any]) -> RenderableType:
+    """What a plan would do, or, with `seconds` in it, what a conversion did."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("source", str(summary["source"]))
+    if "output" in summary:
+        table.add_row("output", str(summary["output"]))
+    table.add_row("recipe", f"{summary['recipe']} ({summary['format']})")
+    table.add_row(
+        "tensors",
+        f"{summary['tensors']}: {summary['requantized_tensors']} requantized, "
+        f"{summary['identical_tensors']} bit-identical",
+    )
+    table.add_row("", ", ".join(f"{n} {name}" for name, n in summary["formats"].items()))
+    table.add_row("read", size(summary["read_bytes"]))
+    table.add_row("written", f"{size(summary['written_bytes'])} in {summary['files']} files")
+    if "seconds" in summary:
+        resumed = summary["resumed_files"]
+        again = f", {resumed} of {summary['files']} files were finished before" if resumed else ""
+        table.add_row("time", f"{summary['seconds']:.1f} s{again}")
+        table.add_row("peak memory", size(summary["peak_rss_bytes"]))
+    unknown = summary["unknown_tensors"]
+    if not unknown:
+        return table
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    notice = f"copied as they are, role unknown: {', '.join(unknown[:5])}{more}"
+    return Group(table, Text(notice))
+
+
+def formats_table(formats: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a format."""
+    table = Table("format", "options", "bits per weight", "what it is")
+    for row in formats:
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        table.add_row(row["name"], options, f"{row['bits_per_weight']:.3f}", row["summary"])
+    return table
+
+
+def recipes_table(recipes: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a preset."""
+    table = Table("recipe", "formats", "what it does")
+    for row in recipes:
+        table.add_row(row["name"], row["format"], row["description"])
+    return table

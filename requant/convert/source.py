@@ -1,0 +1,304 @@
+"""A checkpoint on disk, opened from its config, index and headers alone.
+
+Opening reads no weight data. A weight and its scale may lie in different files: parts are paired by
+name over the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from requant.convert.header import Location, read_exactly, read_header
+from requant.convert.names import Role, TensorName, role_of
+from requant.errors import CheckpointError, FormatError
+from requant.quant import PART_NAMES, PLAIN_NAMES, Codec, TensorSpec, detect_format, format_name
+from requant.quant.codec import TORCH_DTYPES
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+#: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
+_NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One stored tensor: its full name, dtype, shape and place."""
+
+    name: str
+    spec: TensorSpec
+    location: Location
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight: `codec` reads its parts; None for a tensor that is no matrix (copied as it is).
+
+    `parts` maps what follows the module's name (`weight`, `weight_scale_inv`, ...) to the tensor.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    codec: Codec | None
+    parts: Mapping[str, StoredPart]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all parts."""
+        return sum(part.spec.nbytes for part in self.parts.values())
+
+    @property
+    def file(self) -> str:
+        """The file that holds the codes (the largest part); scales may lie elsewhere."""
+        return max(self.parts.values(), key=lambda part: part.spec.nbytes).location.file
+
+    @property
+    def format(self) -> str:
+        """The format's name with its options, or the dtype of a tensor that no codec reads."""
+        if self.codec is not None:
+            return format_name(self.codec)
+        dtype = next(iter(self.parts.values())).spec.dtype
+        return PLAIN_NAMES.get(dtype, dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `config.json`, `*.safetensors` and, for several files, an index."""
+
+    path: Path
+    config: dict[str, Any]
+    files: tuple[str, ...]
+    weights: Mapping[str, StoredWeight]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a folder. Raises CheckpointError or FormatError naming file, tensor and numbers."""
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; give a checkpoint folder, or `demo`")
+        config = _read_json(path / "config.json", "not a checkpoint folder")
+        files, index = _weight_files(path)
+        tensors: dict[str, StoredPart] = {}
+        for file in files:
+            for name, (spec, location) in read_header(path / file).items():
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{path}: {name} is in both {tensors[name].location.file} and {file}; "
+                        "remove the stale file"
+                    )
+                tensors[name] = StoredPart(name, spec, location)
+        for name, file in (index or {}).items():
+            if name not in tensors or tensors[name].location.file != file:
+                raise CheckpointError(
+                    f"{path / INDEX_NAME}: places {name} in {file}, which does not hold it; "
+                    "download both again"
+                )
+        return cls(path, config, files, _pair_parts(path, tensors, config))
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """The config's quantization_config, or None for a plain checkpoint."""
+        found = self.config.get("quantization_config")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as an index's total_size counts them."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
+        location, spec = part.location, part.spec
+        rows = spec.shape[0] if spec.shape else 1
+        stride = (location.end - location.begin) // rows if rows else 0
+        begin = location.begin + start * stride
+        raw = self.read_bytes(location.file, begin, begin + (stop - start) * stride)
+        dtype = TORCH_DTYPES.get(spec.dtype)
+        if dtype is None:
+            raise FormatError(f"{part.name}: torch has no dtype for {spec.dtype}")
+        return raw.view(dtype).reshape((stop - start, *spec.shape[1:]) if spec.shape else ())
+
+    def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes begin:end of a file as uint8."""
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        if end > begin:
+            target = memoryview(raw.numpy().data)
+            read_exactly(self._descriptors[file], begin, end, target, self.path / file)
+        return raw
+
+    def read_tile(self, weight: StoredWeight, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """The stored parts of rows start:stop of a matrix."""
+        assert weight.codec is not None
+        specs = weight.codec.specs(*weight.shape)
+        return {
+            part: self.read_rows(weight.parts[part], *spec.row_range(start, stop))
+            for part, spec in specs.items()
+        }
+
+    def decode_rows(
+        self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Rows start:stop of a matrix, decoded into float32 [stop - start, cols] on `device`."""
+        assert weight.codec is not None
+        parts = {p: t.to(device) for p, t in self.read_tile(weight, start, stop).items()}
+        try:
+            return weight.codec.decode(parts, (stop - start, weight.shape[1]))
+        except FormatError as error:
+            raise FormatError(f"{weight.name}: {error}") from error
+
+    def decode(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A whole weight in float32, its true shape, whatever it is stored in."""
+        weight = self.weights.get(name)
+        if weight is None:
+            raise CheckpointError(f"{self.path}: has no tensor {name}")
+        if weight.codec is not None:
+            return self.decode_rows(weight, 0, weight.shape[0], device)
+        (part,) = weight.parts.values()
+        rows = part.spec.shape[0] if part.spec.shape else 1
+        return self.read_rows(part, 0, rows).to(device).to(torch.float32)
+
+    @cached_property
+    def _descriptors(self) -> _Descriptors:
+        return _Descriptors(self.path)
+
+
+class _Descriptors:
+    """Open files of a checkpoint: opened when first read, closed with the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, file: str) -> int:
+        with self._lock:
+            if file not in self._open:
+                try:
+                    self._open[file] = os.open(self._path / file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{self._path / file}: {error.strerror}") from error
+            return self._open[file]
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; {missing}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def _weight_files(path: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """The files that hold the weights, and the index's weight_map where there is one."""
+    single = (path / SINGLE_NAME).is_file()
+    if (path / INDEX_NAME).is_file():
+        if single:
+            raise CheckpointError(
+                f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and loaders disagree which "
+                "counts; remove the stale one"
+            )
+        index = _read_json(path / INDEX_NAME, "")
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path / INDEX_NAME}: has no weight_map")
+        files = tuple(sorted(set(map(str, weight_map.values()))))
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{path / INDEX_NAME}: names {file!r}, which is not a .safetensors file of "
+                    "this folder"
+                )
+            if not (path / file).is_file():
+                raise CheckpointError(
+                    f"{path / INDEX_NAME}: names {file}, which is absent; download it again"
+                )
+        return files, weight_map
+    if single:
+        return (SINGLE_NAME,), None
+    found = sorted(p.name for p in path.glob("*.safetensors"))
+    if found:
+        raise CheckpointError(
+            f"{path}: holds {len(found)} .safetensors files ({found[0]}, ...) and no {INDEX_NAME}; "
+            "download the index, or a conversion into this folder was interrupted"
+        )
+    pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    hint = (
+        f"; it has {pickled[0]}, but pickle files are never opened: "
+        "save the model as safetensors first"
+        if pickled
+        else ""
+    )
+    raise CheckpointError(f"{path}: holds no .safetensors file{hint}")
+
+
+def _pair_parts(
+    path: Path, tensors: Mapping[str, StoredPart], config: Mapping[str, Any]
+) -> dict[str, StoredWeight]:
+    """Group stored tensors into weights and find what each is stored in."""
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else None
+    modules: dict[str, dict[str, StoredPart]] = {}
+    for name, tensor in tensors.items():
+        parsed = TensorName.parse(name)
+        modules.setdefault(parsed.weight, {})[parsed.part] = tensor
+    return {
+        name: _stored_weight(path, name, parts, config, quantization)
+        for name, parts in modules.items()
+    }
+
+
+def _stored_weight(
+    path: Path,
+    name: str,
+    parts: dict[str, StoredPart],
+    config: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
+) -> StoredWeight:
+    first = next(iter(parts))
+    shape = parts[first].spec.shape
+    lone = len(parts) == 1
+    encoded = not lone or (first in PART_NAMES and len(shape) == 2)
+    if lone and first == "weight" and parts[first].spec.dtype in _NEVER_CODES:
+        encoded = False
+    if not encoded:
+        if first in PART_NAMES and first != "weight":
+            raise FormatError(
+                f"{path}: {parts[first].name} has no weight in any file of the checkpoint; "
+                "download the missing file"
+            )
+        return StoredWeight(name, role_of(name, shape, config), shape, None, parts)
+    try:
+        codec = detect_format({part: t.spec for part, t in parts.items()}, quantization)
+    except FormatError as error:
+        raise FormatError(f"{path}: {name}: {error}") from error
+    shape = codec.shape({part: stored.spec for part, stored in parts.items()})
+    return StoredWeight(name, role_of(name, shape, config), shape, codec, parts)
+
+
+def iter_tiles(rows: int, cols: int, alignment: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `elements` elements whose starts are multiples of `alignment`."""
+    step = max(alignment, elements // max(cols, 1) // alignment * alignment)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

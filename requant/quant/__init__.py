@@ -1,0 +1,122 @@
+"""The formats. Adding one means one module and one line in `CODECS`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from requant.errors import FormatError
+from requant.quant.codec import Codec, TensorSpec, Tolerance, bits_per_weight
+from requant.quant.fp8_block import Fp8Block
+from requant.quant.int4 import Int4
+from requant.quant.int8_channel import Int8Channel
+from requant.quant.plain import Plain
+
+CODECS: tuple[Codec, ...] = (
+    Plain("bf16", "BF16", Tolerance(max_kl=0.01, min_sqnr_db=45.0)),
+    Plain("fp16", "F16", Tolerance(max_kl=0.01, min_sqnr_db=45.0)),
+    Plain("fp32", "F32", Tolerance(max_kl=1e-5, min_sqnr_db=120.0)),
+    Fp8Block(),
+    Int8Channel(),
+    Int4(),
+)
+
+__all__ = [
+    "CODECS",
+    "PART_NAMES",
+    "PLAIN_NAMES",
+    "Codec",
+    "TensorSpec",
+    "describe_formats",
+    "detect_format",
+    "format_name",
+    "parse_format",
+]
+
+_BY_NAME = {codec.name: codec for codec in CODECS}
+
+#: safetensors dtype -> the plain format's name.
+PLAIN_NAMES = {codec.dtype: codec.name for codec in CODECS if isinstance(codec, Plain)}
+
+#: Names that can stand in a part's place, e.g. `weight_scale_inv`: those of every format, and those
+#: of formats that are known but not read, so that they are refused instead of taken for biases.
+PART_NAMES: frozenset[str] = frozenset(
+    {part for codec in CODECS for part in codec.specs(128, 128)}
+    | {"weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_scale_2"}
+    | {"input_scale", "input_global_scale", "activation_scale", "scale", "qscale_weight"}
+    | {"qscale_act", "qweight", "qzeros", "scales", "g_idx"}
+)
+
+
+def parse_format(text: str) -> Codec:
+    """`int4[group_size=32]` -> codec. Raises FormatError naming what exists."""
+    match = re.fullmatch(r"([a-z0-9-]+)(?:\[(.*)\])?", text.strip())
+    name = match[1] if match else text
+    if match is None or name not in _BY_NAME:
+        near = difflib.get_close_matches(name, _BY_NAME, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FormatError(f"unknown format {text!r}: one of {', '.join(_BY_NAME)}{hint}")
+    codec = _BY_NAME[name]
+    known = _options(codec)
+    options: dict[str, Any] = {}
+    for item in filter(None, (match[2] or "").split(",")):
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if not equals or key not in known:
+            has = f"its options: {', '.join(known)}" if known else "it has no options"
+            raise FormatError(f"{text}: {name} has no option {key!r}; {has}")
+        try:
+            options[key] = type(known[key])(value)
+        except ValueError as error:
+            raise FormatError(f"{text}: {key} takes a number, not {value!r}") from error
+    return dataclasses.replace(codec, **options) if options else codec  # type: ignore[type-var]
+
+
+def format_name(codec: Codec) -> str:
+    """The inverse of `parse_format`: options that differ from the default, in brackets."""
+    default = _options(_BY_NAME[codec.name])
+    changed = {k: v for k, v in _options(codec).items() if v != default[k]}
+    inside = ",".join(f"{key}={value}" for key, value in changed.items())
+    return f"{codec.name}[{inside}]" if inside else codec.name
+
+
+def detect_format(parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Codec:
+    """The codec that reads these parts. Raises FormatError when none does."""
+    for codec in CODECS:
+        found = codec.detect(parts, config)
+        if found is not None:
+            return found
+    weight = parts.get("weight")
+    if weight is not None and weight.dtype.startswith("F8") and len(parts) == 1:
+        raise FormatError(
+            f"weight is {weight.dtype} and has no weight_scale_inv in any file of the checkpoint; "
+            "download the missing file, or correct the index"
+        )
+    described = ", ".join(f"{p} {s.dtype} {list(s.shape)}" for p, s in sorted(parts.items()))
+    raise FormatError(f"stored as {described}, which no format of `requant formats` reads")
+
+
+def describe_formats() -> list[dict[str, Any]]:
+    """What `requant formats` tells: name, options with defaults, bits per weight, parts."""
+    return [
+        {
+            "name": codec.name,
+            "options": _options(codec),
+            "bits_per_weight": bits_per_weight(codec),
+            "parts": {part: spec.dtype for part, spec in codec.specs(128, 128).items()},
+            "reads": True,
+            "writes": True,
+            "max_kl": codec.tolerance.max_kl,
+            "summary": codec.summary,
+        }
+        for codec in CODECS
+    ]
+
+
+def _options(codec: Codec) -> dict[str, Any]:
+    """The codec's options and their values: the dataclass fields that have a default to change."""
+    if isinstance(codec, Plain):
+        return {}
+    return {f.name: getattr(codec, f.name) for f in dataclasses.fields(codec)}  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Recipes as data: one TOML file a preset, read by `requant.convert.recipe`."""
