@@ -67,6 +67,8 @@ def parse_format(text: str) -> Codec:
         if not equals or key not in known:
             has = f"its options: {', '.join(known)}" if known else "it has no options"
             raise FormatError(f"{text}: {name} has no option {key!r}; {has}")
+        if key in options:
+            raise FormatError(f"{text}: {key} is given twice")
         try:
             options[key] = type(known[key])(value)
         except ValueError as error:

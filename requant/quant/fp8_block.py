@@ -15,6 +15,7 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant.codec import TensorSpec, Tolerance, check_specs, require_finite
+from requant.quant.packing import e4m3_to_float32
 
 E4M3_MAX = 448.0
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
@@ -80,7 +81,7 @@ class Fp8Block:
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32."""
-        tile = parts["weight"].to(torch.float32)
+        tile = e4m3_to_float32(parts["weight"])
         for strip, row_scale in self._strips(tile, parts["weight_scale_inv"].to(torch.float32)):
             strip.mul_(row_scale)
         return tile
@@ -161,9 +162,10 @@ class Fp8Block:
         for strip, coded in zip(
             tile.split(self.block_rows), codes.split(self.block_rows), strict=True
         ):
-            values = coded.to(torch.float32)
-            exact = (values != 0) & (torch.frexp(values).mantissa.abs() == 0.5)
-            quotient = strip / values
+            # Mantissa bits all zero, exponent bits not: a normal power of two.
+            bits = coded.view(torch.uint8)
+            exact = ((bits & 0x07) == 0) & ((bits & 0x78) != 0)
+            quotient = strip / e4m3_to_float32(coded)
             lows.append(torch.where(exact, -quotient, -infinity).amax(0))
             highs.append(torch.where(exact, quotient, -infinity).amax(0))
         low = -self._block_reduce(torch.stack(lows), -torch.inf)

@@ -16,9 +16,12 @@ import torch
 from requant.errors import FormatError
 from requant.quant.codec import TensorSpec, Tolerance, check_specs
 from requant.quant.integer import check_arithmetic, compressed_tensors_config, quantize_symmetric
-from requant.quant.packing import pack_nibbles, unpack_nibbles
+from requant.quant.packing import nibbles_to_float32, pack_nibbles
 
 GROUP_SIZES = (32, 64, 128)
+
+#: What the stored codes 0..15 stand for, before the scale.
+_VALUES = tuple(float(code) for code in range(-8, 8))
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Int4:
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """(code - 8) * scale, exact in float32 for BF16 scales."""
-        codes = unpack_nibbles(parts["weight_packed"], shape[1]).to(torch.float32).sub_(8)
+        codes = nibbles_to_float32(parts["weight_packed"], _VALUES)
         groups = codes.view(len(codes), -1, self.group_size)
         groups.mul_(parts["weight_scale"].to(torch.float32)[..., None])
         return codes
