@@ -1,0 +1,1 @@
+"""Runs DeepSeek-family checkpoints, whatever format their weights are stored in."""
