@@ -1,0 +1,1 @@
+"""Runs source and output side by side and judges the difference."""
