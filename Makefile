@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.run
 	rm -rf build/demo-int4
 	$(BIN)/requant convert demo build/demo-int4 --to int4 --verify
-	@echo; echo "source:"; $(BIN)/requant run demo "The function returns" --max-tokens 48
-	@echo; echo "INT4:"; $(BIN)/requant run build/demo-int4 "The function returns" --max-tokens 48
+	@echo; echo "source:"; $(BIN)/requant run demo "The function returns" --max-tokens 48 --temperature 0.7 --seed 2
+	@echo; echo "INT4:"; $(BIN)/requant run build/demo-int4 "The function returns" --max-tokens 48 --temperature 0.7 --seed 2
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
