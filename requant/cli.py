@@ -215,14 +215,16 @@ def run_command(
     quiet: Quiet = False,
 ) -> None:
     """Generate text."""
-    from requant.runner.generate import complete
+    from requant.runner.complete import complete
 
     if seed is not None and temperature == 0:
         raise RequantError("--seed has no effect with --temperature 0")
     if prompt is None:
         if sys.stdin.isatty():
             raise RequantError("give a prompt, or text on standard input")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise RequantError("the prompt is not UTF-8 text")
     result = complete(
         _folder(model),
         prompt,
@@ -322,10 +324,14 @@ def _verify(
         words = text.read_text("utf-8") if text is not None else None
     except (OSError, UnicodeDecodeError) as unreadable:
         raise RequantError(f"{text}: cannot read the text: {unreadable}") from unreadable
+    folder, where = _folder(source), _device(device)
     output.status(f"verify: running {source} and {out} side by side")
-    return verify(
-        _folder(source), out, device=_device(device), max_kl=max_kl, tokens=tokens, text=words
-    )
+    # Close enough for a bar: headers are a few kilobytes.
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with output.progress(nbytes, "verify") as progress:
+        return verify(
+            folder, out, device=where, max_kl=max_kl, tokens=tokens, text=words, progress=progress
+        )
 
 
 def _judge(verdict: dict[str, Any], document: dict[str, Any], output: Output) -> None:

@@ -7,7 +7,9 @@ document.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+from requant.errors import RequantError
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,15 @@ class Output:
     def result(self, data: Any, human: Callable[[], RenderableType] | None = None) -> None:
         """Print a command's result: the document in json mode, else what `human` renders."""
         if self.json:
-            sys.stdout.write(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
+            # ASCII: whatever the locale, and for paths that are not UTF-8.
+            _write(json.dumps(data, allow_nan=False) + "\n")
         elif human is not None and not self.quiet:
-            _console(sys.stdout).print(human())
+            _write(_render(human()))
 
     def status(self, message: str) -> None:
         """Say on stderr what is going on, unless quiet."""
         if not self.quiet and not self.json:
-            _console(sys.stderr).print(message, markup=False, highlight=False, soft_wrap=True)
+            _console(sys.stderr, sys.stderr.isatty()).print(message, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, total_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
@@ -51,20 +57,52 @@ class Output:
             return
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
                    TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        with Progress(*columns, console=_console(sys.stderr, True), transient=True) as bar:
             task = bar.add_task(what, total=total_bytes)
             yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def error(message: str) -> None:
-    """Print an error to stderr, in every mode."""
-    sys.stderr.write(f"error: {message}\n")
+    """Print an error to stderr, in every mode: one line, whatever bytes a name in it holds."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    sys.stderr.write(f"error: {line}\n")
 
 
-def _console(stream: Any) -> Console:
-    """A console that never wraps piped output to a terminal's width."""
-    width = None if stream.isatty() else 200
-    return Console(file=stream, width=width)
+def _render(found: RenderableType) -> str:
+    """What rich makes of it for stdout; what its encoding has no letter for is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    page = io.TextIOWrapper(io.BytesIO(), encoding, "backslashreplace", newline="")
+    console = _console(page, sys.stdout.isatty())
+    console.print(found, soft_wrap=isinstance(found, (str, Text)))
+    page.seek(0)
+    return page.read()
+
+
+def _write(text: str) -> None:
+    """Write to stdout at once. A reader that has gone away changes nothing, not even the verdict.
+
+    Raises RequantError when stdout is a file that cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as refused:
+        # What is still buffered must not fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(refused, BrokenPipeError):
+            raise RequantError(f"cannot write to stdout: {refused.strerror}") from refused
+
+
+def _console(stream: Any, terminal: bool) -> Console:
+    """A console that prints brackets as brackets, and never wraps piped output."""
+    return Console(
+        file=stream,
+        force_terminal=terminal,
+        width=None if terminal else 10_000,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
 
 
 def size(nbytes: float) -> str:

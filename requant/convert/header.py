@@ -9,8 +9,9 @@ reference writer does (widest dtype first, then by name), so its bytes equal `sa
 from __future__ import annotations
 
 import json
-import math
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,24 +58,35 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, Location]]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; cannot read it") from error
     try:
-        entries = json.loads(raw, object_pairs_hook=_unique_keys)
+        # Decoded here: json.loads would also take UTF-16 and a byte order mark.
+        entries = json.loads(
+            raw.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: header is not a JSON object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    ):
+        raise CheckpointError(f"{path}: __metadata__ does not map names to strings")
+    for name in entries:
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: {name!a}: unprintable characters in a tensor's name")
     tensors = {
         name: _parse_entry(f"{path}: {name}", entry, path.name, 8 + length)
         for name, entry in entries.items()
     }
     expected = 8 + length
-    for name, (_, where) in sorted(tensors.items(), key=lambda item: item[1][1].begin):
-        if where.begin != expected and where.begin != where.end:
+    places = sorted(tensors.items(), key=lambda item: (item[1][1].begin, item[1][1].end))
+    for name, (_, where) in places:
+        if where.begin != expected:
             raise CheckpointError(
                 f"{path}: {name} starts at byte {where.begin}, expected {expected}; "
                 "tensors overlap or leave a hole"
             )
-        expected = max(expected, where.end)
+        expected = where.end
     if expected != size:
         raise CheckpointError(
             f"{path}: the header describes {expected} bytes, the file has {size}; "
@@ -110,17 +122,24 @@ def _parse_entry(where: str, entry: object, file: str, start: int) -> tuple[Tens
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where}: header entry is not an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{where}: unknown dtype {reprlib.repr(dtype)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(
-            f"{where}: shape {shape!r} and data_offsets {offsets!r} are not sizes"
+            f"{where}: shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(offsets)} "
+            "are not sizes"
         )
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
     begin, end = offsets
+    bits = DTYPE_BITS[dtype]
+    for side in shape:
+        bits *= side
+        if bits >= 2**66:  # beyond any offset; a long product of a hostile shape takes minutes
+            break
     if bits != 8 * (end - begin):
+        takes = bits / 8 if bits % 8 else bits // 8
         raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {bits // 8} bytes, data_offsets hold {end - begin}"
+            f"{where}: {dtype} {reprlib.repr(shape)} takes {takes} bytes, "
+            f"data_offsets hold {end - begin}"
         )
     return TensorSpec(dtype, tuple(shape)), Location(file, start + begin, start + end)
 
@@ -135,8 +154,13 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build an object, refusing a name that is given twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name is given twice")
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!a} is given twice")
     return result
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
 
 
 def read_exactly(descriptor: int, begin: int, end: int, target: memoryview, path: Path) -> None:
@@ -151,6 +175,7 @@ def read_exactly(descriptor: int, begin: int, end: int, target: memoryview, path
             ) from error
         if count == 0:
             raise CheckpointError(
-                f"{path}: ends at byte {begin + done}, expected {end}; it changed while being read"
+                f"{path}: has {os.fstat(descriptor).st_size} bytes, {end} are needed; "
+                "it changed while being read"
             )
         done += count

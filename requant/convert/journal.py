@@ -7,6 +7,7 @@ holds the same key, says what the folder is.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -31,26 +32,13 @@ class Journal:
                 f"{out}: already holds something else ({min(p.name for p in out.iterdir())}, ...); "
                 "choose an empty folder, or remove it"
             )
-        self._file = self.path.open("a+")
+        # Unbuffered: a line that a full disk refused must not be tried again on close.
+        self._file = self.path.open("a+b", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise CheckpointError(
-                f"{out}: another requant is writing to it; wait for it"
-            ) from error
-        self.finished: dict[str, int] = {}
-        events = self._read()
-        if events and events[0].get("key") != key:
-            self._file.close()
-            raise CheckpointError(
-                f"{out}: holds an unfinished conversion of another source, recipe or version; "
-                "repeat that command to finish it, or remove the folder to start over"
-            )
-        if not events:
-            self._append({"key": key})
-        for event in events[1:]:
-            self.finished[str(event["file"])] = int(event["nbytes"])
+            self.finished = self._claim(out, key)
+        except BaseException:
+            self.close()
+            raise
 
     def finish(self, file: str, nbytes: int) -> None:
         """Record that a file is complete under its final name."""
@@ -59,25 +47,51 @@ class Journal:
 
     def remove(self) -> None:
         """The conversion is complete."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
         """Release the folder."""
         self._file.close()
 
+    def _claim(self, out: Path, key: str) -> dict[str, int]:
+        """Lock the folder; what is finished in it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{out}: another requant is writing to it; wait for it"
+            ) from error
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise CheckpointError(f"{out}: another requant has just finished it")
+        try:
+            events = self._read()
+            finished = {str(event["file"]): int(event["nbytes"]) for event in events[1:]}
+            found = events[0]["key"] if events else key
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: damaged ({error}); remove {out}") from error
+        if found != key:
+            raise CheckpointError(
+                f"{out}: holds an unfinished conversion of another source, recipe or version; "
+                "repeat that command to finish it, or remove the folder to start over"
+            )
+        if not events:
+            self._append({"key": key})
+        return finished
+
     def _read(self) -> list[dict[str, Any]]:
         """All whole lines; a last line that a crash cut short does not count."""
         self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) != len(text):
-            os.truncate(self.path, len(whole.encode()))
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) != len(data):
+            os.truncate(self.path, len(whole))
         return [json.loads(line) for line in whole.splitlines()]
 
     def _append(self, event: dict[str, Any]) -> None:
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        line = json.dumps(event).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
 
 

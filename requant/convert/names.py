@@ -105,16 +105,29 @@ def is_mtp(name: str, config: Mapping[str, Any]) -> bool:
     parsed = TensorName.parse(name)
     if "mtp" in parsed.module.split("."):
         return True
-    count = config.get("num_nextn_predict_layers") or 0
-    layers = config.get("num_hidden_layers")
+    count = setting(config, "num_nextn_predict_layers") or 0
+    layers = setting(config, "num_hidden_layers")
     if parsed.layer is None or not isinstance(layers, int) or not isinstance(count, int):
         return False
     return layers <= parsed.layer < layers + count
 
 
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """A config's value; in a multimodal config the language model's own counts first."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and key in nested:
+        return nested[key]
+    return config.get(key)
+
+
+def is_index(component: str) -> bool:
+    """Whether a component is a number that a layer or expert can have."""
+    return component.isascii() and component.isdecimal() and len(component) < 10
+
+
 def _number(components: list[str], after: str) -> int | None:
     """The integer component that follows `after`, as in layers.3 or experts.7."""
     for word, number in zip(components, components[1:], strict=False):
-        if word == after and number.isdecimal():
+        if word == after and is_index(number):
             return int(number)
     return None

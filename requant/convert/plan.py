@@ -15,7 +15,7 @@ from typing import Any
 
 import requant
 from requant.convert.header import layout
-from requant.convert.names import LINEAR_ROLES, TensorName, kind_of
+from requant.convert.names import LINEAR_ROLES, TensorName, is_index, kind_of
 from requant.convert.recipe import Recipe, plain_codec
 from requant.convert.source import SINGLE_NAME, Checkpoint, StoredWeight
 from requant.errors import FormatError
@@ -38,7 +38,7 @@ class PlannedWeight:
         """The full name of one of its parts in the output."""
         if self.codec is None:
             return self.source.parts[part].name
-        return f"{TensorName.parse(self.source.name).module}.{part}"
+        return self.source.name.removesuffix("weight") + part
 
     @property
     def written_codec(self) -> Codec | None:
@@ -175,6 +175,8 @@ def _plan_weight(weight: StoredWeight, codec: Codec | None) -> PlannedWeight:
     if codec is None:
         return PlannedWeight(weight, None, {p: t.spec for p, t in weight.parts.items()})
     rows, cols = weight.shape
+    if not rows or not cols:
+        raise FormatError(f"{weight.name}: is [{rows}, {cols}]; a format needs rows and columns")
     try:
         return PlannedWeight(weight, codec, codec.specs(rows, cols))
     except FormatError as error:
@@ -202,14 +204,18 @@ def _config(
     weights: list[PlannedWeight],
 ) -> dict[str, Any]:
     """config.json of the output: the source's, with what changed."""
+    if container is not None and all(weight.codec is None for weight in weights):
+        return dict(source)  # with what it says of activations, such as scale_fmt
     config = {k: v for k, v in source.items() if k != "quantization_config"}
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        nested = {k: v for k, v in nested.items() if k != "quantization_config"}
+        config["text_config"] = nested
     plain = {c for c in recipe.roles.values() if c is not None}
-    if container is None and len(plain) == 1:
-        (codec,) = plain
-        assert isinstance(codec, Plain)
-        for key in _DTYPE_KEYS:
-            if key in config:
-                config[key] = _TORCH_NAMES[codec.dtype]
+    codec = next(iter(plain), None)
+    if container is None and len(plain) == 1 and isinstance(codec, Plain):
+        for part in (config, nested if isinstance(nested, dict) else {}):
+            part.update({k: _TORCH_NAMES[codec.dtype] for k in _DTYPE_KEYS if k in part})
     if container is not None:
         config["quantization_config"] = container.config(_kept_modules(weights))
     return config
@@ -228,7 +234,7 @@ def _kept_modules(weights: list[PlannedWeight]) -> list[str]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that counts layers as numbers."""
-    return [(int(c), "") if c.isdecimal() else (-1, c) for c in name.split(".")]
+    return [(int(c), "") if is_index(c) else (-1, c) for c in name.split(".")]
 
 
 def _is_eh_proj(weight: StoredWeight) -> bool:

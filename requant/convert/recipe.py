@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from requant.convert.names import LINEAR_ROLES, TensorName, kind_of
+from requant.convert.names import LINEAR_ROLES, TensorName, kind_of, setting
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.errors import FormatError, RequantError
 from requant.quant import Codec, format_name, parse_format
@@ -56,18 +56,27 @@ class Recipe:
         return self.roles.get(weight.role)
 
     def require_effect(self, source: Checkpoint) -> None:
-        """Raise when a [modules] pattern matches no linear weight: a typo must not pass."""
+        """Raise when a [modules] pattern decides about no linear weight: a typo must not pass."""
         modules = {
             TensorName.parse(weight.name).module
             for weight in source.weights.values()
             if kind_of(weight.name, weight.shape) in LINEAR_ROLES
         }
+        left = set(modules)
         for pattern in self.modules:
-            if not fnmatch.filter(modules, pattern):
+            matches = {module for module in modules if fnmatch.fnmatchcase(module, pattern)}
+            if not matches:
                 raise RequantError(
                     f"recipe {self.name}: [modules] {pattern!r} matches no linear weight of "
-                    f"{source.path}; patterns are compared with names such as {min(modules)!r}"
+                    f"{source.path}; patterns are compared with names such as "
+                    f"{min(modules, default='model.layers.0.mlp.up_proj')!r}"
                 )
+            if not matches & left:
+                raise RequantError(
+                    f"recipe {self.name}: [modules] {pattern!r} has no effect, patterns above it "
+                    "match all that it matches; put it first"
+                )
+            left -= matches
 
 
 def recipe_names() -> list[str]:
@@ -82,7 +91,7 @@ def recipe_text(name: str) -> str:
     """The text of a preset. Raises RequantError naming the presets there are."""
     if name not in recipe_names():
         raise RequantError(f"unknown recipe {name!r}: one of {', '.join(recipe_names())}")
-    return resources.files("requant.recipes").joinpath(f"{name}.toml").read_text()
+    return resources.files("requant.recipes").joinpath(f"{name}.toml").read_text("utf-8")
 
 
 def load_recipe(name_or_file: str) -> Recipe:
@@ -90,7 +99,7 @@ def load_recipe(name_or_file: str) -> Recipe:
     if not name_or_file.endswith(".toml"):
         return parse_recipe(name_or_file, recipe_text(name_or_file))
     try:
-        text = Path(name_or_file).read_text()
+        text = Path(name_or_file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequantError(f"{name_or_file}: cannot read the recipe: {error}") from error
     return parse_recipe(name_or_file, text)
@@ -150,7 +159,7 @@ def _table(name: str, data: Mapping[str, object], key: str) -> dict[str, Codec |
 
 def plain_codec(config: Mapping[str, object]) -> Plain:
     """The plain format that a checkpoint's activations are in: its torch_dtype, bf16 by default."""
-    dtype = config.get("torch_dtype") or config.get("dtype")
+    dtype = setting(config, "torch_dtype") or setting(config, "dtype")
     codec = parse_format({"float16": "fp16", "float32": "fp32"}.get(str(dtype), "bf16"))
     assert isinstance(codec, Plain)
     return codec

@@ -6,7 +6,10 @@ the plan fixed, so the result does not depend on the number of workers or their 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -20,11 +23,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import requant
-from requant.convert.journal import MANIFEST_NAME, Journal, read_manifest
+from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Journal, read_manifest
 from requant.convert.plan import Plan, PlannedFile, PlannedWeight
 from requant.convert.source import INDEX_NAME, Checkpoint, iter_tiles
-from requant.convert.writer import OutputFile, copy_side_files, write_json, writing
-from requant.errors import CheckpointError, FormatError
+from requant.convert.writer import (
+    PARTIAL_SUFFIX,
+    OutputFile,
+    copy_side_files,
+    side_files,
+    write_json,
+    writing,
+)
+from requant.errors import CheckpointError, FormatError, RequantError
 
 #: Elements a worker holds at a time; about 10 bytes each at the peak of encoding.
 TILE_ELEMENTS = 1 << 21
@@ -54,12 +64,13 @@ def convert(
     started = time.monotonic()
     manifest = read_manifest(out)
     if manifest is not None and manifest.get("key") == plan.key:
-        check_output(plan, out)
+        _check_finished(plan, out)
         resumed = len(plan.files)
     else:
-        created = not out.exists()
+        created = not os.path.lexists(out)
         journal = _claim(plan, out)
         try:
+            _require_room(plan, out, journal)
             resumed = len(journal.finished)
             _write_files(plan, out, journal, runtime, progress)
             _complete(plan, out, journal)
@@ -79,12 +90,13 @@ def convert(
 
 def _claim(plan: Plan, out: Path) -> Journal:
     """Make OUT ours, or refuse before the first byte."""
-    source = plan.source.path.resolve()
-    if out.resolve() == source or out.resolve().is_relative_to(source):
+    side_files(plan.source.path)  # raises for what could not be copied at the end
+    # Not Path.resolve: it raises RuntimeError for a link to itself.
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(plan.source.path)):
         raise CheckpointError(f"{out}: lies in the source folder; choose another one")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is a file; choose a folder")
     with writing(out):
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"{out}: is a file; choose a folder")
         out.mkdir(parents=True, exist_ok=True)
     with writing(out / MANIFEST_NAME):
         journal = Journal(out, plan.key)
@@ -93,23 +105,30 @@ def _claim(plan: Plan, out: Path) -> Journal:
         path = out / name
         if sizes.get(name) != nbytes or not path.is_file() or path.stat().st_size != nbytes:
             del journal.finished[name]
+    return journal
+
+
+def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
+    """Raise CheckpointError when the disk cannot hold what is still to be written."""
+    for file in plan.files:  # what a killed run left half-written is room
+        with writing(out):
+            (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
     needed = plan.written_bytes - sum(journal.finished.values())
     free = shutil.disk_usage(out).free
     if needed > free:
-        journal.close()
         raise CheckpointError(
             f"{out}: {needed} bytes are to be written, {free} are free; "
             "make room or choose another disk, then repeat the command"
         )
-    return journal
 
 
 def _leave(out: Path, journal: Journal, created: bool) -> None:
     """After a failure: keep what can be resumed, remove what is nothing yet."""
-    if not journal.finished:
-        journal.remove()
-        if created:
-            out.rmdir()
+    with contextlib.suppress(OSError):  # never instead of the error that led here
+        if os.listdir(out) == [JOURNAL_NAME]:
+            journal.remove()
+            if created:
+                out.rmdir()
 
 
 def _write_files(
@@ -134,7 +153,8 @@ def _write_files(
                 except BaseException:
                     file.abandon()
                     raise
-                journal.finish(planned.name, planned.nbytes)
+                with writing(journal.path):
+                    journal.finish(planned.name, planned.nbytes)
     finally:
         torch.set_num_threads(threads)
 
@@ -240,9 +260,25 @@ def _complete(plan: Plan, out: Path, journal: Journal) -> None:
     journal.remove()
 
 
+def _check_finished(plan: Plan, out: Path) -> None:
+    """Raise when a finished OUT is no longer what was written, as far as its headers show."""
+    try:
+        check_output(plan, out)
+        missing = [name for name in side_files(plan.source.path) if not (out / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{out / missing[0]}: is missing")
+    except RequantError as error:
+        raise CheckpointError(
+            f"{out}: was finished, and is damaged now; remove it and repeat the command: {error}"
+        ) from error
+    (out / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed at its last step
+
+
 def check_output(plan: Plan, out: Path) -> None:
     """Reopen what was written, with our reader and the reference one, and compare with the plan."""
     written = Checkpoint.open(out)
+    if json.dumps(written.config, sort_keys=True) != json.dumps(plan.config, sort_keys=True):
+        raise CheckpointError(f"{out / 'config.json'}: differs from what was planned")
     for planned in plan.weights:
         found = written.weights.get(planned.source.name)
         if found is None or found.codec != planned.written_codec:

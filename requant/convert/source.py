@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from requant.convert.header import Location, read_exactly, read_header
-from requant.convert.names import Role, TensorName, role_of
+from requant.convert.names import Role, TensorName, role_of, setting
 from requant.errors import CheckpointError, FormatError
 from requant.quant import PART_NAMES, PLAIN_NAMES, Codec, TensorSpec, detect_format, format_name
-from requant.quant.codec import TORCH_DTYPES
+from requant.quant.codec import DTYPE_BITS, TORCH_DTYPES
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -84,10 +84,13 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Open a folder. Raises CheckpointError or FormatError naming file, tensor and numbers."""
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder; give a checkpoint folder, or `demo`")
-        config = _read_json(path / "config.json", "not a checkpoint folder")
-        files, index = _weight_files(path)
+        try:
+            if not path.is_dir():
+                raise CheckpointError(f"{path}: no such folder; give a checkpoint, or `demo`")
+            config = _read_json(path / "config.json", "not a checkpoint folder")
+            files, index = _weight_files(path)
+        except OSError as error:  # a name too long, a folder without permission
+            raise CheckpointError(f"{path}: cannot open it: {error}") from error
         tensors: dict[str, StoredPart] = {}
         for file in files:
             for name, (spec, location) in read_header(path / file).items():
@@ -103,13 +106,14 @@ class Checkpoint:
                     f"{path / INDEX_NAME}: places {name} in {file}, which does not hold it; "
                     "download both again"
                 )
+        if not tensors:
+            raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
         return cls(path, config, files, _pair_parts(path, tensors, config))
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """The config's quantization_config, or None for a plain checkpoint."""
-        found = self.config.get("quantization_config")
-        return found if isinstance(found, dict) else None
+        return _quantization(self.config)
 
     @property
     def nbytes(self) -> int:
@@ -214,16 +218,16 @@ def _weight_files(path: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     """The files that hold the weights, and the index's weight_map where there is one."""
     single = (path / SINGLE_NAME).is_file()
     if (path / INDEX_NAME).is_file():
-        if single:
-            raise CheckpointError(
-                f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and loaders disagree which "
-                "counts; remove the stale one"
-            )
         index = _read_json(path / INDEX_NAME, "")
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path / INDEX_NAME}: has no weight_map")
         files = tuple(sorted(set(map(str, weight_map.values()))))
+        if single and files != (SINGLE_NAME,):
+            raise CheckpointError(
+                f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and loaders disagree which "
+                "counts; remove the stale one"
+            )
         for file in files:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise CheckpointError(
@@ -253,16 +257,24 @@ def _weight_files(path: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     raise CheckpointError(f"{path}: holds no .safetensors file{hint}")
 
 
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config; multimodal checkpoints may keep it with the language model's."""
+    found = setting(config, "quantization_config")
+    return found if isinstance(found, dict) else None
+
+
 def _pair_parts(
     path: Path, tensors: Mapping[str, StoredPart], config: Mapping[str, Any]
 ) -> dict[str, StoredWeight]:
     """Group stored tensors into weights and find what each is stored in."""
-    quantization = config.get("quantization_config")
-    quantization = quantization if isinstance(quantization, dict) else None
+    quantization = _quantization(config)
     modules: dict[str, dict[str, StoredPart]] = {}
     for name, tensor in tensors.items():
         parsed = TensorName.parse(name)
-        modules.setdefault(parsed.weight, {})[parsed.part] = tensor
+        parts = modules.setdefault(parsed.weight, {})
+        if parsed.part in parts:
+            raise CheckpointError(f"{path}: {parts[parsed.part].name!r} and {name!r} are one name")
+        parts[parsed.part] = tensor
     return {
         name: _stored_weight(path, name, parts, config, quantization)
         for name, parts in modules.items()
@@ -279,14 +291,24 @@ def _stored_weight(
     first = next(iter(parts))
     shape = parts[first].spec.shape
     lone = len(parts) == 1
-    encoded = not lone or (first in PART_NAMES and len(shape) == 2)
-    if lone and first == "weight" and parts[first].spec.dtype in _NEVER_CODES:
+    encoded = not lone or (first == "weight" and len(shape) == 2)
+    if lone and parts[first].spec.dtype in _NEVER_CODES:
         encoded = False
-    if not encoded:
+    if not encoded or (lone and 0 in shape):
         if first in PART_NAMES and first != "weight":
             raise FormatError(
-                f"{path}: {parts[first].name} has no weight in any file of the checkpoint; "
-                "download the missing file"
+                f"{path}: {parts[first].name} lies alone, the rest of its weight is in no file of "
+                "the checkpoint; download the missing file"
+            )
+        dtype = parts[first].spec.dtype
+        if (
+            DTYPE_BITS[dtype] <= 8
+            and dtype.startswith("F")
+            or (quantization is not None and dtype in ("U8", "I8") and len(shape) > 1)
+        ):
+            raise FormatError(
+                f"{path}: {parts[first].name} is {dtype} {list(shape)}: quantized, but in no "
+                "format that `requant formats` reads; copying it would lose its meaning"
             )
         return StoredWeight(name, role_of(name, shape, config), shape, None, parts)
     try:

@@ -34,7 +34,11 @@ class OutputFile:
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         with writing(self._partial):
             self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.ftruncate(self._descriptor, nbytes)
+            try:
+                os.ftruncate(self._descriptor, nbytes)
+            except BaseException:
+                self.abandon()
+                raise
 
     def write(self, offset: int, data: bytes | torch.Tensor) -> None:
         """Write bytes, or a contiguous CPU tensor's bytes, at an absolute offset."""
@@ -89,7 +93,7 @@ def sync_folder(path: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file under a temporary name, then rename it."""
-    data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    data = (json.dumps(value, indent=2) + "\n").encode()
     file = OutputFile(path, len(data))
     file.write(0, data)
     file.commit()
@@ -102,7 +106,10 @@ def side_files(source: Path) -> list[str]:
     is refused (links into the blobs of a Hub cache are what a cache is made of, and followed).
     """
     found: list[str] = []
-    for folder, folders, files in os.walk(source):
+    for folder, folders, files in os.walk(source, onerror=_refuse):
+        for name in folders:
+            if Path(folder, name).is_symlink() and not name.startswith("."):
+                raise CheckpointError(f"{Path(folder, name)}: a link to a folder; copy it instead")
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
@@ -127,9 +134,13 @@ def copy_side_files(source: Path, out: Path) -> None:
             shutil.copyfile(source / relative, target)
 
 
+def _refuse(error: OSError) -> None:
+    raise CheckpointError(f"{error.filename}: {error.strerror}; cannot copy it") from error
+
+
 def _require_inside(path: Path, source: Path) -> None:
     """Refuse special files and links out of the folder."""
-    real, root = path.resolve(), source.resolve()
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(source))
     cache = root.parent.parent / "blobs"
     if not (real.is_relative_to(root) or (real.is_relative_to(cache) and path.is_symlink())):
         raise CheckpointError(f"{path}: links to {real}, out of the checkpoint; remove the link")
