@@ -37,6 +37,10 @@ _ATTENTION = frozenset(
 )
 _MLP = frozenset("gate_proj up_proj down_proj w1 w2 w3".split())
 _EMBEDDINGS = frozenset("embed_tokens embed wte".split())
+#: Parts of multimodal models that are not the language model, whatever their leaves are called.
+_TOWERS = frozenset(
+    "vision_tower vision_model visual audio_tower mm_projector multi_modal_projector".split()
+)
 _HEADS = frozenset("lm_head head".split())
 
 
@@ -76,6 +80,8 @@ def kind_of(name: str, shape: tuple[int, ...]) -> Role:
     if len(shape) <= 1:
         return "bias" if parsed.part == "bias" else "norm"
     if parsed.part != "weight" or len(shape) != 2:
+        return "other"
+    if _TOWERS & set(components):
         return "other"
     if leaf in _EMBEDDINGS:
         return "embedding"

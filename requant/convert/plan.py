@@ -113,6 +113,7 @@ class Plan:
             "identical_tensors": len(self.weights) - requantized,
             "requantized_tensors": requantized,
             "formats": dict(sorted(formats.items())),
+            "ignored_files": self.source.ignored_files,
             "unknown_tensors": sorted(
                 w.source.name
                 for w in self.weights
@@ -127,9 +128,16 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     targets = {name: recipe.target(weight) for name, weight in source.weights.items()}
     container = _container(recipe, source, targets)
     by_file: dict[str, list[PlannedWeight]] = {}
+    refused: list[FormatError] = []
     for name, weight in source.weights.items():
         codec = _written_as(weight, targets[name], container, source.config)
-        by_file.setdefault(weight.file, []).append(_plan_weight(weight, codec))
+        try:
+            by_file.setdefault(weight.file, []).append(_plan_weight(weight, codec))
+        except FormatError as error:
+            refused.append(error)
+    if refused:
+        more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
+        raise FormatError(f"{refused[0]}{more}")
     files = tuple(_plan_file(name, by_file[name]) for name in sorted(by_file))
     config = _config(source.config, container, recipe, [w for f in files for w in f.weights])
     return Plan(source, recipe, files, config, _index(files))

@@ -32,12 +32,17 @@ def plan_table(summary: Mapping[str, Any]) -> RenderableType:
         again = f", {resumed} of {summary['files']} files were finished before" if resumed else ""
         table.add_row("time", f"{summary['seconds']:.1f} s{again}")
         table.add_row("peak memory", size(summary["peak_rss_bytes"]))
-    unknown = summary["unknown_tensors"]
-    if not unknown:
-        return table
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    notice = f"copied as they are, role unknown: {', '.join(unknown[:5])}{more}"
-    return Group(table, Text(notice))
+    notices = [
+        *_notice("copied as they are, role unknown", summary["unknown_tensors"]),
+        *_notice("not converted, because the index does not name them", summary["ignored_files"]),
+    ]
+    return Group(table, *notices) if notices else table
+
+
+def _notice(what: str, names: Sequence[str]) -> list[Text]:
+    """One line about some names, the first five of them written out; none for none."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [Text(f"{what}: {', '.join(names[:5])}{more}")] if names else []
 
 
 def formats_table(formats: Sequence[Mapping[str, Any]]) -> Table:

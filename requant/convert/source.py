@@ -120,6 +120,12 @@ class Checkpoint:
         """Bytes of all tensors, as an index's total_size counts them."""
         return sum(weight.nbytes for weight in self.weights.values())
 
+    @property
+    def ignored_files(self) -> list[str]:
+        """Files of the folder that could hold weights but are not in the index."""
+        found = (path.name for path in self.path.glob("*.safetensors"))
+        return sorted(set(found) - set(self.files))
+
     def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
         location, spec = part.location, part.spec

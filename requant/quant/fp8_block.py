@@ -20,6 +20,8 @@ from requant.quant.packing import e4m3_to_float32
 E4M3_MAX = 448.0
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
+#: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
+MAX_BLOCK_SIDE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,11 @@ class Fp8Block:
         if not (
             isinstance(block, list)
             and len(block) == 2
-            and all(isinstance(side, int) and side > 0 for side in block)
+            and all(type(side) is int and 0 < side <= MAX_BLOCK_SIDE for side in block)
         ):
-            raise FormatError(f"weight_block_size is {block!r}, expected two positive integers")
+            raise FormatError(
+                f"weight_block_size is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}"
+            )
         codec = Fp8Block(*block)
         rows, cols = weight.shape
         expected = codec.specs(rows, cols)

@@ -69,7 +69,9 @@ class Int4:
         groups = tile.reshape(len(tile), -1, self.group_size)
         codes, scale = quantize_symmetric(groups, 4, self.arithmetic)
         return {
-            "weight_packed": pack_nibbles(codes.add_(8).flatten(1).to(torch.uint8)),
+            "weight_packed": pack_nibbles(
+                codes.add_(8).flatten(1).to(torch.int8).view(torch.uint8)
+            ),
             "weight_scale": scale,
             "weight_shape": torch.tensor(shape, dtype=torch.int64),
         }

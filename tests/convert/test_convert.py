@@ -230,6 +230,10 @@ def test_a_group_that_does_not_divide(tmp_path: Path) -> None:
     )
     with pytest.raises(FormatError, match=message):
         plan_to(folder, "int4")
+    other = name.replace("layers.0", "layers.1")
+    both = {weight: random_weights()[name] for weight in (name, other)}
+    with pytest.raises(FormatError, match=f"^{name}.*; so it is with 1 more weights$"):
+        plan_to(write_checkpoint(tmp_path / "two", both, CONFIG), "int4")
     recipe = parse_recipe("out", '[roles]\nattention="int4"\n[modules]\n"*.kv_a*"="bf16"')
     assert make_plan(Checkpoint.open(folder), recipe).summary()["identical_tensors"] == 1
 

@@ -30,6 +30,8 @@ ROLES = [
     ("model.layers.0.self_attn.o_proj.weight", MATRIX, "attention"),
     # V3.2's indexer is no attention projection, whatever its leaves are called.
     ("model.layers.0.self_attn.indexer.wk.weight", MATRIX, "other"),
+    ("vision_tower.encoder.layers.0.self_attn.q_proj.weight", MATRIX, "other"),
+    ("model.visual.blocks.0.mlp.up_proj.weight", MATRIX, "other"),
     ("model.layers.0.self_attn.indexer.wq_b.weight", MATRIX, "other"),
     ("model.layers.0.self_attn.indexer.weights_proj.weight", MATRIX, "other"),
     ("model.layers.0.self_attn.indexer.q_proj.weight", MATRIX, "other"),

@@ -65,6 +65,8 @@ def test_what_is_no_side_file(folder: Path, out: Path) -> None:
     (folder / "inside.txt").symlink_to("LICENSE")
     start(folder, out)
     assert not [name for name in left_out if name != "requant.json" and (out / name).exists()]
+    plan = make_plan(Checkpoint.open(folder), default_recipe("bf16"))
+    assert plan.summary()["ignored_files"] == ["stale.safetensors"]
     assert (out / "inside.txt").read_bytes() == b"MIT\n" and not (out / "inside.txt").is_symlink()
 
 

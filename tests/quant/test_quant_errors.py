@@ -131,10 +131,13 @@ def test_block_size_of_the_config_decides() -> None:
         detect_format(parts, {"quant_method": "fp8", "weight_block_size": None})
 
 
-@pytest.mark.parametrize("block", [[128], [0, 128], [-1, 128], "128", 128, [128, 1.5], [1, 2, 3]])
+@pytest.mark.parametrize(
+    "block",
+    [[128], [0, 128], [-1, 128], "128", 128, [128, 1.5], [1, 2, 3], [True, True], [128, 10**12]],
+)
 def test_bad_block_size_in_the_config(block: Any) -> None:
     parts = {**FP8, "weight_scale_inv": SCALE}
-    with pytest.raises(FormatError, match=says(f"weight_block_size is {block!r}", "two positive")):
+    with pytest.raises(FormatError, match=says(f"weight_block_size is {block!r}", "from 1")):
         detect_format(parts, {"weight_block_size": block})
 
 
