@@ -1,0 +1,187 @@
+"""Measure `requant convert` against the disk: wall time over floor, and peak memory.
+
+python bench/convert.py [--size-gb 4] [--dir DIR] [--to bf16 --to int4 ...] [--scale 1,4] [--json]
+
+The source is generated once and kept in --dir; outputs are removed. Each conversion is a child
+process that starts with none of the source in the page cache; wall time is from its start to its
+end, Python's and torch's start included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from floor import drop_cache, read_seconds, write_seconds
+from synthetic import make_checkpoint
+from table import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("bf16", "fp8-block", "int8-channel", "int4")
+#: What convert reports of its own peak memory may lie this far below what the kernel saw.
+RSS_SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a child process printed and took."""
+
+    document: dict[str, Any]
+    wall_seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One conversion. Floors: seconds by way of reading and writing; `floor_seconds` the best."""
+
+    source_format: str
+    target_format: str
+    source_bytes: int
+    output_bytes: int
+    read_floor_seconds: dict[str, float]
+    write_floor_seconds: dict[str, float]
+    floor_seconds: float
+    wall_seconds: float
+    cpu_seconds: float
+    ratio: float
+    source_bytes_per_second: float
+    peak_rss_bytes: int
+    reported_peak_rss_bytes: int
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    options = _options()
+    sizes = options.scale or [options.size_gb]
+    results = []
+    for size_gb in sizes:
+        _say(f"source of {size_gb:g} GB")
+        source = make_checkpoint(options.dir / f"fp8-{size_gb:g}gb", size_gb)
+        read_floor = read_seconds(_weight_files(source))
+        for target in options.to or TARGETS:
+            _say(f"{source.name} -> {target}")
+            best = min(
+                (_measure(source, options.dir, target, read_floor) for _ in range(options.repeat)),
+                key=lambda result: result.wall_seconds,
+            )
+            results.append(best)
+    if options.json:
+        machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "os": platform.system()}
+        print(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}))
+    else:
+        print(markdown([_row(result) for result in results]))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    folder = Path(tempfile.gettempdir(), "requant-bench")
+    parser.add_argument("--size-gb", type=float, default=4, help="size of the source (4)")
+    parser.add_argument("--dir", type=Path, default=folder, help=f"working folder ({folder})")
+    parser.add_argument("--to", action="append", metavar="FORMAT", help=", ".join(TARGETS))
+    parser.add_argument(
+        "--scale",
+        type=lambda text: [float(size) for size in text.split(",")],
+        metavar="GB,GB",
+        help="several sizes instead of one: memory must stay flat",
+    )
+    parser.add_argument("--repeat", type=int, default=1, help="keep the best of so many (1)")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    options = parser.parse_args()
+    options.dir = options.dir.resolve()
+    return options
+
+
+def _measure(source: Path, folder: Path, target: str, read_floor: dict[str, float]) -> Result:
+    """Convert once, look at the output, remove it, then measure what writing it takes dd."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        drop_cache(_weight_files(source))
+        child = _requant("convert", str(source), str(out), "--to", target)
+        facts = _requant("inspect", str(out)).document
+        sizes = [file.stat().st_size for file in _weight_files(out)]
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    if target not in facts["formats"] or facts["files"] != len(sizes):
+        raise SystemExit(f"{target}: the output reads back as {facts['formats']}")
+    reported = child.document["peak_rss_bytes"]
+    if not child.peak_rss_bytes * (1 - RSS_SLACK) <= reported <= child.peak_rss_bytes:
+        raise SystemExit(f"peak_rss_bytes is {reported}, the kernel says {child.peak_rss_bytes}")
+    write_floor = write_seconds(folder, sizes)
+    floor = min(read_floor.values()) + min(write_floor.values())
+    source_bytes = sum(file.stat().st_size for file in _weight_files(source))
+    return Result(
+        source_format="fp8-block",
+        target_format=target,
+        source_bytes=source_bytes,
+        output_bytes=sum(sizes),
+        read_floor_seconds=read_floor,
+        write_floor_seconds=write_floor,
+        floor_seconds=floor,
+        wall_seconds=child.wall_seconds,
+        cpu_seconds=child.cpu_seconds,
+        ratio=child.wall_seconds / floor,
+        source_bytes_per_second=source_bytes / child.wall_seconds,
+        peak_rss_bytes=child.peak_rss_bytes,
+        reported_peak_rss_bytes=reported,
+    )
+
+
+def _requant(*arguments: str) -> Child:
+    """Run requant with --json. The kernel counts this process's memory at the fork into the child's
+    peak, so torch is not imported here."""
+    command = [sys.executable, "-m", "requant", *arguments, "--json"]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        printed = stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
+    return Child(
+        document=json.loads(printed),
+        wall_seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_rss_bytes=usage.ru_maxrss * 1024,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _row(result: Result) -> dict[str, str]:
+    return {
+        "pair": f"{result.source_format} -> {result.target_format}",
+        "source GB": f"{result.source_bytes / 1e9:.2f}",
+        "output GB": f"{result.output_bytes / 1e9:.2f}",
+        "floor s": f"{result.floor_seconds:.1f}",
+        "wall s": f"{result.wall_seconds:.1f}",
+        "ratio": f"{result.ratio:.2f}",
+        "GB/s": f"{result.source_bytes_per_second / 1e9:.2f}",
+        "CPU s": f"{result.cpu_seconds:.1f}",
+        "peak RSS MB": f"{result.peak_rss_bytes / 1e6:.0f}",
+    }
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
