@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -105,15 +104,12 @@ def _options() -> argparse.Namespace:
 
 def _measure(source: Path, folder: Path, target: str, read_floor: dict[str, float]) -> Result:
     """Convert once, look at the output, remove it, then measure what writing it takes dd."""
-    out = folder / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    try:
+    with tempfile.TemporaryDirectory(prefix="out-", dir=folder) as name:
+        out = Path(name)
         drop_cache(_weight_files(source))
         child = _requant("convert", str(source), str(out), "--to", target)
         facts = _requant("inspect", str(out)).document
         sizes = [file.stat().st_size for file in _weight_files(out)]
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
     if target not in facts["formats"] or facts["files"] != len(sizes):
         raise SystemExit(f"{target}: the output reads back as {facts['formats']}")
     reported = child.document["peak_rss_bytes"]

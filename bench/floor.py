@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 BLOCK = "bs=8M"
 
 
-def read_seconds(files: Iterable[Path]) -> dict[str, float]:
+def read_seconds(files: Sequence[Path]) -> dict[str, float]:
     """Seconds to read all files, cold, for each way that the file system offers."""
     found = {}
     for way, flags in {"buffered": [], "direct": ["iflag=direct"]}.items():
@@ -25,26 +26,22 @@ def read_seconds(files: Iterable[Path]) -> dict[str, float]:
     return found
 
 
-def write_seconds(folder: Path, sizes: Iterable[int]) -> dict[str, float]:
+def write_seconds(folder: Path, sizes: Sequence[int]) -> dict[str, float]:
     """Seconds to write and fsync files of these sizes, for each way that the file system offers."""
     found = {}
     for way, flags in {"buffered": [], "direct": ["oflag=direct"]}.items():
-        files = {folder / f"floor-{number}": size for number, size in enumerate(sizes)}
-        try:
+        with tempfile.TemporaryDirectory(prefix="floor-", dir=folder) as target:
             seconds = [
-                _dd("if=/dev/zero", f"of={file}", BLOCK, "conv=fsync", *flags, f"count={size}",
-                    "iflag=count_bytes")
-                for file, size in files.items()
+                _dd("if=/dev/zero", f"of={target}/{number}", BLOCK, "conv=fsync", *flags,
+                    f"count={size}", "iflag=count_bytes")
+                for number, size in enumerate(sizes)
             ]  # fmt: skip
-        finally:
-            for file in files:
-                file.unlink(missing_ok=True)
         if None not in seconds:
             found[way] = sum(filter(None, seconds))
     return found
 
 
-def drop_cache(files: Iterable[Path]) -> None:
+def drop_cache(files: Sequence[Path]) -> None:
     """Make the next read of these files come from the disk."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)

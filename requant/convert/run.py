@@ -37,7 +37,7 @@ from requant.convert.writer import (
 from requant.errors import CheckpointError, FormatError, RequantError
 
 #: Elements a worker holds at a time; about 10 bytes each at the peak of encoding.
-TILE_ELEMENTS = 1 << 21
+TILE_ELEMENTS = 1 << 20
 #: Bytes a worker copies at a time.
 COPY_BYTES = 1 << 23
 
