@@ -73,9 +73,6 @@ def command(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
             except KeyboardInterrupt as interrupted:
                 error("interrupted; repeat the command to continue")
                 raise typer.Exit(130) from interrupted
-            except BrokenPipeError as closed:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise typer.Exit(0) from closed
             except (typer.Exit, typer.Abort, typer.BadParameter):
                 raise
             except Exception as bug:
