@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from requant.convert.names import ROLES, TensorName
+from requant.convert.names import ROLES, TensorName, language_config
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.output import size
 from requant.quant import Codec, format_name
@@ -25,7 +25,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     layer's routed experts, one row of the embedding (all of it where it is the output head too).
     What the config does not tell is None.
     """
-    config = _text_config(checkpoint.config)
+    config = language_config(checkpoint.config)
     weights = list(checkpoint.weights.values())
     main = [weight for weight in weights if weight.role != "mtp"]
     experts = _experts(main)
@@ -98,12 +98,6 @@ def _amount(count: int) -> str:
         if count >= power:
             return f"{count / power:.2f} {unit}"
     return str(count)
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of the config: multimodal checkpoints nest it."""
-    nested = config.get("text_config")
-    return {**config, **nested} if isinstance(nested, dict) else config
 
 
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:

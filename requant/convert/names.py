@@ -118,12 +118,15 @@ def is_mtp(name: str, config: Mapping[str, Any]) -> bool:
     return layers <= parsed.layer < layers + count
 
 
-def setting(config: Mapping[str, Any], key: str) -> Any:
-    """A config's value; in a multimodal config the language model's own counts first."""
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the language model's own part, which multimodal ones nest, counting first."""
     nested = config.get("text_config")
-    if isinstance(nested, dict) and key in nested:
-        return nested[key]
-    return config.get(key)
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """A value of the language model's config, or None."""
+    return language_config(config).get(key)
 
 
 def is_index(component: str) -> bool:

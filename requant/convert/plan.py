@@ -15,7 +15,7 @@ from typing import Any
 
 import requant
 from requant.convert.header import layout
-from requant.convert.names import LINEAR_ROLES, TensorName, is_index, kind_of
+from requant.convert.names import LINEAR_ROLES, TensorName, is_index
 from requant.convert.recipe import Recipe, plain_codec
 from requant.convert.source import SINGLE_NAME, Checkpoint, StoredWeight
 from requant.errors import FormatError
@@ -117,7 +117,7 @@ class Plan:
             "unknown_tensors": sorted(
                 w.source.name
                 for w in self.weights
-                if kind_of(w.source.name, w.source.shape) == "other" and not _is_eh_proj(w.source)
+                if w.source.kind == "other" and not _is_eh_proj(w.source)
             ),
         }
 
@@ -150,7 +150,7 @@ def _container(
     found: dict[Codec, str] = {}
     for name, weight in source.weights.items():
         codec = targets[name]
-        if codec is None and kind_of(name, weight.shape) in LINEAR_ROLES:
+        if codec is None and weight.kind in LINEAR_ROLES:
             codec = weight.codec
         if codec is not None and not isinstance(codec, Plain):
             found.setdefault(codec, name)
@@ -234,8 +234,7 @@ def _kept_modules(weights: list[PlannedWeight]) -> list[str]:
     kept = {
         TensorName.parse(w.source.name).module
         for w in weights
-        if isinstance(w.written_codec, Plain)
-        and kind_of(w.source.name, w.source.shape) not in ("embedding", "norm", "bias")
+        if isinstance(w.written_codec, Plain) and w.source.kind not in ("embedding", "norm", "bias")
     }
     return sorted(kept | {"lm_head"}, key=_natural)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from requant.convert.names import LINEAR_ROLES, TensorName, kind_of, setting
+from requant.convert.names import LINEAR_ROLES, TensorName, setting
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.errors import FormatError, RequantError
 from requant.quant import Codec, format_name, parse_format
@@ -47,7 +47,7 @@ class Recipe:
 
     def target(self, weight: StoredWeight) -> Codec | None:
         """The codec this weight is to be written in; None to keep it as it is stored."""
-        if weight.codec is None or kind_of(weight.name, weight.shape) not in LINEAR_ROLES:
+        if weight.codec is None or weight.kind not in LINEAR_ROLES:
             return None
         module = TensorName.parse(weight.name).module
         for pattern, codec in self.modules.items():
@@ -60,7 +60,7 @@ class Recipe:
         modules = {
             TensorName.parse(weight.name).module
             for weight in source.weights.values()
-            if kind_of(weight.name, weight.shape) in LINEAR_ROLES
+            if weight.kind in LINEAR_ROLES
         }
         left = set(modules)
         for pattern in self.modules:

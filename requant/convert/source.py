@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from requant.convert.header import Location, read_exactly, read_header
-from requant.convert.names import Role, TensorName, role_of, setting
+from requant.convert.names import Role, TensorName, kind_of, role_of, setting
 from requant.errors import CheckpointError, FormatError
 from requant.quant import PART_NAMES, PLAIN_NAMES, Codec, TensorSpec, detect_format, format_name
 from requant.quant.codec import DTYPE_BITS, TORCH_DTYPES
@@ -62,6 +62,11 @@ class StoredWeight:
     def file(self) -> str:
         """The file that holds the codes (the largest part); scales may lie elsewhere."""
         return max(self.parts.values(), key=lambda part: part.spec.nbytes).location.file
+
+    @property
+    def kind(self) -> Role:
+        """What it is for by its own name; differs from `role` in an MTP layer only."""
+        return kind_of(self.name, self.shape)
 
     @property
     def format(self) -> str:
@@ -158,8 +163,11 @@ class Checkpoint:
     def decode_rows(
         self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Rows start:stop of a matrix, decoded into float32 [stop - start, cols] on `device`."""
-        assert weight.codec is not None
+        """Rows start:stop decoded into float32 on `device`: [stop - start, cols] of a matrix, the
+        stored shape of a tensor that no codec reads."""
+        if weight.codec is None:
+            (part,) = weight.parts.values()
+            return self.read_rows(part, start, stop).to(device).to(torch.float32)
         parts = {p: t.to(device) for p, t in self.read_tile(weight, start, stop).items()}
         try:
             return weight.codec.decode(parts, (stop - start, weight.shape[1]))
@@ -171,11 +179,7 @@ class Checkpoint:
         weight = self.weights.get(name)
         if weight is None:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
-        if weight.codec is not None:
-            return self.decode_rows(weight, 0, weight.shape[0], device)
-        (part,) = weight.parts.values()
-        rows = part.spec.shape[0] if part.spec.shape else 1
-        return self.read_rows(part, 0, rows).to(device).to(torch.float32)
+        return self.decode_rows(weight, 0, weight.shape[0] if weight.shape else 1, device)
 
     @cached_property
     def _descriptors(self) -> _Descriptors:

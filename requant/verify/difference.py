@@ -115,19 +115,9 @@ def _pairs(
         rows = min(rows, -(-first_rows // alignment) * alignment)
     cols = math.prod(ours.shape[1:])
     for start, stop in iter_tiles(rows, cols, alignment, TILE_ELEMENTS):
-        a = _rows(source, ours, start, stop, device)
-        yield a, _rows(output, theirs, start, stop, device)
-
-
-def _rows(
-    checkpoint: Checkpoint, weight: StoredWeight, start: int, stop: int, device: torch.device | str
-) -> torch.Tensor:
-    """Rows start:stop in float32 [rows, cols]."""
-    if weight.codec is not None:
-        return checkpoint.decode_rows(weight, start, stop, device)
-    (part,) = weight.parts.values()
-    stored = checkpoint.read_rows(part, start, stop).to(device)
-    return stored.to(torch.float32).view(stop - start, -1)
+        a = source.decode_rows(ours, start, stop, device)
+        b = output.decode_rows(theirs, start, stop, device)
+        yield a.view(stop - start, -1), b.view(stop - start, -1)
 
 
 def squares(values: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from requant.convert.names import LINEAR_ROLES, kind_of
+from requant.convert.names import LINEAR_ROLES
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.errors import CheckpointError
 from requant.quant import format_name
@@ -58,7 +58,7 @@ def linear_formats(checkpoint: Checkpoint) -> dict[str, int]:
     """Stored bytes by format of the linear layers, most first."""
     sizes: dict[str, int] = {}
     for weight in checkpoint.weights.values():
-        if weight.codec and kind_of(weight.name, weight.shape) in LINEAR_ROLES:
+        if weight.codec and weight.kind in LINEAR_ROLES:
             name = format_name(weight.codec)
             sizes[name] = sizes.get(name, 0) + weight.nbytes
     return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))

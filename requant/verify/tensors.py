@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from requant.convert.names import TensorName, kind_of
+from requant.convert.names import TensorName
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.quant import CODECS, Codec
 from requant.quant.plain import Plain
@@ -123,7 +123,7 @@ def _judge(
     sqnr = "only in their bits" if found.sqnr_db is None else f"SQNR {found.sqnr_db:.1f} dB"
     if _must_be_identical(ours, theirs):
         return (
-            f"{name}: {_kind(theirs)} was to be kept bit-identical ({ours.format} in the source, "
+            f"{name}: {theirs.kind} was to be kept bit-identical ({ours.format} in the source, "
             f"{theirs.format} in the output), but {counted().different} of {elements} values "
             f"differ ({sqnr}){hint()}"
         )
@@ -136,12 +136,8 @@ def _judge(
 def _must_be_identical(ours: StoredWeight, theirs: StoredWeight) -> bool:
     """Plain in both with the same dtype, or a router (FP32 is to stay FP32), or in no format."""
     plain = all(w.codec is None or isinstance(w.codec, Plain) for w in (ours, theirs))
-    router = _kind(theirs) in ("router", "router_bias")
+    router = theirs.kind in ("router", "router_bias")
     return plain and (ours.format == theirs.format or router or minimum_sqnr_db(theirs) is None)
-
-
-def _kind(weight: StoredWeight) -> str:
-    return kind_of(weight.name, weight.shape)
 
 
 def _not_finite_parts(output: Checkpoint, weight: StoredWeight) -> str:

@@ -23,16 +23,6 @@ from tests.helpers import CPU, hashes
 FILES = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
-@pytest.fixture
-def folder(source: Callable[[str], Path], tmp_path: Path) -> Path:
-    return shutil.copytree(source("fp8-block"), tmp_path / "model")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def start(folder: Path, out: Path, to: str = "bf16") -> dict[str, Any]:
     plan = make_plan(Checkpoint.open(folder), default_recipe(to))
     return convert(plan, out, Runtime(CPU, 2))

@@ -19,16 +19,6 @@ from requant.errors import CheckpointError
 from tests.helpers import CPU, hashes, load
 
 
-@pytest.fixture
-def folder(source: Callable[[str], Path], tmp_path: Path) -> Path:
-    return shutil.copytree(source("fp8-block"), tmp_path / "model")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def start(folder: Path, out: Path) -> None:
     convert(make_plan(Checkpoint.open(folder), default_recipe("bf16")), out, Runtime(CPU, 2))
 

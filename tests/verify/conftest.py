@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,6 @@ def random_tensor(name: str, shape: tuple[int, ...], random: torch.Generator) ->
         return (1 + 0.1 * noise).to(torch.bfloat16)
     # Embeddings are small, so that every layer matters.
     return (noise * (0.5 if "embed" in name else 0.8 * shape[1] ** -0.5)).to(torch.bfloat16)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are faster, and sums reproducible, on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
