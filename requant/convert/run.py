@@ -235,6 +235,8 @@ def _encode_task(
         except FormatError as error:
             raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
         for part, spec in weight.specs.items():
+            if spec.rows == 0 and start:
+                continue  # belongs to the whole weight: the first tile wrote it
             begin, end = planned.ranges[weight.stored_name(part)]
             first, _ = spec.row_range(start, stop)
             stride = (end - begin) // spec.shape[0]
