@@ -62,7 +62,7 @@ def _values(codec: Codec) -> torch.Tensor:
 
 def _measure(codec: Codec, values: torch.Tensor, repeat: int) -> Result:
     """Time both directions over all tiles; the tiles are copies, as if just read or decoded."""
-    ranges = list(iter_tiles(*SHAPE, codec.row_alignment, TILE_ELEMENTS))
+    ranges = list(iter_tiles(*SHAPE, codec.row_alignment(SHAPE[1]), TILE_ELEMENTS))
     tiles = [values[start:stop].clone() for start, stop in ranges]
     encoded = [codec.encode(tile, SHAPE) for tile in tiles]
 

@@ -189,7 +189,7 @@ def _tasks(
         else:
             rows, cols = weight.source.shape
             assert weight.source.codec is not None
-            alignment = math.lcm(weight.codec.row_alignment, weight.source.codec.row_alignment)
+            alignment = math.lcm(weight.codec.row_alignment(cols), weight.source.row_alignment)
             for start, stop in iter_tiles(rows, cols, alignment, TILE_ELEMENTS):
                 yield _encode_task(source, weight, planned, file, device, start, stop)
 

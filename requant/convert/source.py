@@ -69,6 +69,11 @@ class StoredWeight:
         return kind_of(self.name, self.shape)
 
     @property
+    def row_alignment(self) -> int:
+        """Tiles that are decoded start on a multiple of this many rows."""
+        return self.codec.row_alignment(self.shape[1]) if self.codec else 1
+
+    @property
     def format(self) -> str:
         """The format's name with its options, or the dtype of a tensor that no codec reads."""
         if self.codec is not None:

@@ -25,6 +25,7 @@ CODECS: tuple[Codec, ...] = (
 )
 
 __all__ = [
+    "ACTIVATION_PARTS",
     "CODECS",
     "PART_NAMES",
     "PLAIN_NAMES",
@@ -41,13 +42,21 @@ _BY_NAME = {codec.name: codec for codec in CODECS}
 #: safetensors dtype -> the plain format's name.
 PLAIN_NAMES = {codec.dtype: codec.name for codec in CODECS if isinstance(codec, Plain)}
 
-#: Names that can stand in a part's place, e.g. `weight_scale_inv`: those of every format, and those
-#: of formats that are known but not read, so that they are refused instead of taken for biases.
+#: Names that can stand in a part's place, e.g. `weight_scale_inv`: those that every format writes
+#: by default, and those of its other containers and variants.
 PART_NAMES: frozenset[str] = frozenset(
     {part for codec in CODECS for part in codec.specs(128, 128)}
-    | {"weight_zero_point", "weight_g_idx", "weight_global_scale", "weight_scale_2"}
-    | {"input_scale", "input_global_scale", "activation_scale", "scale", "qscale_weight"}
-    | {"qscale_act", "qweight", "qzeros", "scales", "g_idx"}
+    | {"weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_packed"}
+    | {"weight_shape", "weight_global_scale", "weight_scale_2", "scale", "qscale_weight"}
+    | {"qweight", "qzeros", "scales", "g_idx"}
+    | {f"weight.{name}" for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
+    | {f"weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4")}
+)
+
+#: Parts that tell how activations are quantized: they go with a weight that is copied, and say
+#: nothing about one that is converted.
+ACTIVATION_PARTS = frozenset(
+    {"input_scale", "input_global_scale", "input_zero_point", "activation_scale", "qscale_act"}
 )
 
 
@@ -70,9 +79,9 @@ def parse_format(text: str) -> Codec:
         if key in options:
             raise FormatError(f"{text}: {key} is given twice")
         try:
-            options[key] = type(known[key])(value)
+            options[key] = _parse_option(known[key], value)
         except ValueError as error:
-            raise FormatError(f"{text}: {key} takes a number, not {value!r}") from error
+            raise FormatError(f"{text}: {key} takes {error}, not {value!r}") from None
     return dataclasses.replace(codec, **options) if options else codec  # type: ignore[type-var]
 
 
@@ -80,7 +89,7 @@ def format_name(codec: Codec) -> str:
     """The inverse of `parse_format`: options that differ from the default, in brackets."""
     default = _options(_BY_NAME[codec.name])
     changed = {k: v for k, v in _options(codec).items() if v != default[k]}
-    inside = ",".join(f"{key}={value}" for key, value in changed.items())
+    inside = ",".join(f"{key}={_option_text(value)}" for key, value in changed.items())
     return f"{codec.name}[{inside}]" if inside else codec.name
 
 
@@ -111,6 +120,8 @@ def describe_formats() -> list[dict[str, Any]]:
             "reads": True,
             "writes": True,
             "max_kl": codec.tolerance.max_kl,
+            "loaded_by": codec.loaded_by,
+            "checked_against": codec.checked_against,
             "summary": codec.summary,
         }
         for codec in CODECS
@@ -119,6 +130,21 @@ def describe_formats() -> list[dict[str, Any]]:
 
 def _options(codec: Codec) -> dict[str, Any]:
     """The codec's options and their values: the dataclass fields that have a default to change."""
-    if isinstance(codec, Plain):
-        return {}
-    return {f.name: getattr(codec, f.name) for f in dataclasses.fields(codec)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(codec)  # type: ignore[arg-type]
+    return {f.name: getattr(codec, f.name) for f in fields if f.default is not dataclasses.MISSING}
+
+
+def _parse_option(default: Any, text: str) -> Any:
+    """An option's value in the type of its default. Raises ValueError saying what it takes."""
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise ValueError("true or false")
+        return text == "true"
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise ValueError("a number") from None
+
+
+def _option_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

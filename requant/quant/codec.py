@@ -1,4 +1,4 @@
-"""What a format is: the `Codec` protocol, and the words its methods share.
+"""What a format is: the `Codec` base class, and the words its methods share.
 
 A codec knows tensors, not files. `specs` needs no data, so a file's header can be written before
 its data and a plan is exact; `encode` and `decode` work on tiles, runs of whole rows that start on
@@ -8,21 +8,26 @@ a multiple of `row_alignment`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 
 from requant.errors import FormatError
+from requant.quant.compressed_tensors import one_scheme_config
 
-#: safetensors dtype name -> torch dtype, for every dtype that torch can hold.
+#: safetensors dtype name -> torch dtype, for every dtype that torch can hold. F4 is two codes a
+#: byte: a tensor [rows, cols] of the header is [rows, cols / 2] bytes here.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
+    "F4": torch.uint8,
     "U8": torch.uint8,
     "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "U16": torch.uint16,
     "I16": torch.int16,
@@ -47,18 +52,25 @@ DTYPE_BITS: dict[str, int] = {
     "F8_E5M2FNUZ": 8,
 }
 
+#: What codes are, before any scale: signed integers of 4 and 8 bits, and two small floats.
+#: Formats that share an alphabet can hand codes to each other.
+Alphabet = Literal["int4", "int8", "e4m3", "e2m1"]
+
 
 @dataclass(frozen=True)
 class TensorSpec:
     """Dtype (safetensors name) and shape of one stored tensor.
 
-    `rows` tells how many rows of the weight one row of this part covers: 1 for codes, 128 for the
-    scales of 128-row blocks, 0 for a part that belongs to the weight as a whole.
+    `rows` tells how many rows of the weight one step along `axis` of this part covers: 1 for codes,
+    128 for the scales of 128-row blocks, 2 / cols for two codes a byte of the flattened weight, 0
+    for a part that belongs to the weight as a whole. `axis` is 1 where the rows of the weight run
+    along the columns of the part (GPTQ, AWQ).
     """
 
     dtype: str
     shape: tuple[int, ...]
-    rows: int = 1
+    rows: int | Fraction = 1
+    axis: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -66,10 +78,16 @@ class TensorSpec:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     def row_range(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of this part that hold rows `start:stop` of the weight."""
+        """The steps along `axis` that hold rows `start:stop` of the weight."""
+        length = self.shape[self.axis] if self.shape else 1
         if self.rows == 0:
-            return 0, self.shape[0] if self.shape else 1
-        return start // self.rows, -(-stop // self.rows)
+            return 0, length
+        return int(start // self.rows), min(int(-(-stop // self.rows)), length)
+
+    def take(self, whole: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What a tile of rows `start:stop` of the weight has of this part, stored `whole`."""
+        first, last = self.row_range(start, stop)
+        return whole.narrow(self.axis, first, last - first) if self.shape else whole
 
 
 @dataclass(frozen=True)
@@ -83,57 +101,131 @@ class Tolerance:
     min_sqnr_db: float
 
 
-class Codec(Protocol):
-    """A weight format: how a float matrix `[rows, cols]` becomes named stored parts and back."""
+@dataclass(frozen=True)
+class Codes:
+    """A tile taken apart, before any arithmetic: what a lossless repack moves.
 
-    @property
-    def name(self) -> str:
-        """The format's name on the command line, without options."""
+    `codes` [rows, cols]: int8 for "int8", uint8 0..15 for "int4" (stored code = value + 8, or +
+    zero point) and "e2m1" (bit 3 is the sign), float8_e4m3fn for "e4m3"; None where only scales
+    were read, to find out whether they can be kept.
+    `scale` [ceil(rows / block[0]), ceil(cols / block[1])], multipliers in the dtype as stored
+    (uint8 exponents are float8_e8m0fnu here). `zero` uint8 0..15 of the same shape: the stored code
+    that stands for 0, None for 8. `divisor` float32 []: value = code * scale / divisor (NVFP4).
+    """
 
-    @property
-    def summary(self) -> str:
-        """One sentence: container, arithmetic, who loads it."""
+    alphabet: Alphabet
+    codes: torch.Tensor | None
+    scale: torch.Tensor
+    block: tuple[int, int]
+    zero: torch.Tensor | None = None
+    divisor: torch.Tensor | None = None
 
-    @property
-    def row_alignment(self) -> int:
+
+class Codec(ABC):
+    """A weight format: how a float matrix `[rows, cols]` becomes named stored parts and back.
+
+    Subclasses are frozen dataclasses; their fields are the format's options. A field with
+    compare=False changes which codes are chosen, not what is stored.
+    """
+
+    #: The format's name on the command line, without options.
+    name: str
+    #: One sentence: container, arithmetic.
+    summary: str
+    #: What `quantization_config` calls the container; None for plain formats.
+    quant_method: str | None
+    #: Engines that load it, and what its bytes were checked against.
+    loaded_by: str
+    checked_against: str
+    #: What `verify` accepts by default.
+    tolerance: Tolerance
+    #: The kind of codes, for formats that can hand theirs over; the kinds that `pack` takes.
+    alphabet: Alphabet | None = None
+    packs: frozenset[Alphabet] = frozenset()
+    #: Whether `encode` needs a `summary` of the whole weight first.
+    two_pass: bool = False
+    #: Whether weights that engines fuse (names.fused_set) must share one summary.
+    shares_summary: bool = False
+
+    def row_alignment(self, cols: int) -> int:
         """Tiles start on a multiple of this many rows."""
+        return 1
 
-    @property
-    def tolerance(self) -> Tolerance:
-        """What `verify` accepts by default."""
-
+    @abstractmethod
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """The parts of a `[rows, cols]` weight, keyed by what replaces `weight` in its name.
 
         Raises FormatError when the format cannot hold that shape.
         """
 
+    @abstractmethod
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
         """The weight's (rows, cols), from parts that `detect` accepted: the inverse of `specs`."""
 
-    def encode(self, tile: torch.Tensor, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def measure(self, tile: torch.Tensor) -> torch.Tensor:
+        """What one tile adds to the summary of its weight (two_pass formats)."""
+        raise NotImplementedError
+
+    def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The summary, from what `measure` gave for every tile of the weight, in order."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Encode a float32 tile (contiguous rows) of a weight of the given whole `shape`.
 
-        Raises FormatError for a value that is not finite or does not fit.
+        A two_pass format may be given None when the tile is the whole weight. Raises FormatError
+        for a value that is not finite or does not fit.
         """
 
+    @abstractmethod
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Decode the parts of one tile of `shape` into float32."""
 
+    def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
+        """The codes and scales of one tile of `shape`; `codes` None when their part is absent.
+
+        Raises FormatError when the tile's codes cannot be told apart from its arithmetic.
+        """
+        raise FormatError(f"{self.name} has no codes to hand over")
+
+    def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The parts of one tile that hold exactly these codes and scales; `shape` is the whole
+        weight's. Without the parts of the codes when `codes.codes` is None.
+
+        Raises FormatError, saying why, when that is not possible without loss.
+        """
+        raise FormatError(f"{self.name} takes no codes of {codes.alphabet}")
+
+    @abstractmethod
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
     ) -> Codec | None:
         """The codec (with its options) that reads `parts`, or None when they are not this format.
 
-        `config` is the checkpoint's quantization_config. Raises FormatError when the parts are
-        this format's but contradict each other or the config.
+        `config` is the checkpoint's quantization_config; of a compressed-tensors one, with the
+        scheme of this very weight as its only group. Raises FormatError when the parts are this
+        format's but contradict each other or the config.
         """
 
+    def accepts(self, stored: Codec) -> bool:
+        """Whether a weight that is stored as `stored` is in this format already."""
+        return stored == self
+
+    def scheme(self) -> dict[str, Any] | None:
+        """The compressed-tensors scheme (`weights`, `input_activations`, `format`); None for
+        formats of other containers."""
+        return None
+
     def config(self, kept: Sequence[str]) -> dict[str, Any] | None:
-        """The quantization_config of a checkpoint in this format.
+        """The quantization_config of a checkpoint whose linear layers all are in this format.
 
         `kept` names the linear modules that stay in plain floats. None for plain formats.
         """
+        scheme = self.scheme()
+        return None if scheme is None else one_scheme_config(scheme, kept)
 
 
 def bits_per_weight(codec: Codec) -> float:
@@ -148,6 +240,12 @@ def require_finite(extreme: torch.Tensor) -> None:
         raise FormatError("holds NaN or infinity, which no format can keep")
 
 
+def require_choice(option: str, value: object, choices: Sequence[object]) -> None:
+    """Raise FormatError when an option's value is none of its choices."""
+    if value not in choices:
+        raise FormatError(f"{option}={value}: expected {', '.join(map(str, choices))}")
+
+
 def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
     """Raise FormatError when a stored part differs from what the codec expects."""
     for part, spec in expected.items():
@@ -158,3 +256,39 @@ def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSp
                 f"{part} is {found[part].dtype} {list(found[part].shape)}, "
                 f"expected {spec.dtype} {list(spec.shape)}"
             )
+
+
+def exact_cast(scale: torch.Tensor, dtype: torch.dtype, what: str = "scale") -> torch.Tensor:
+    """`scale` in another float dtype without any change of value. Raises FormatError else."""
+    cast = scale.to(dtype)
+    changed = cast.to(torch.float32) != scale.to(torch.float32)
+    if bool(changed.any()):
+        example = float(scale[changed].flatten()[0])
+        name = str(dtype).removeprefix("torch.")
+        raise FormatError(f"{what} {example:.8g} has no exact {name}")
+    return cast
+
+
+def refine_grid(
+    codes: Codes, block: tuple[int, int], shape: tuple[int, int], what: str
+) -> torch.Tensor:
+    """The scales repeated for a finer grid of `block`; `shape` is the tile's.
+
+    Raises FormatError when a block of the new grid would need more than one scale.
+    """
+    rows, cols = shape
+    old = tuple(min(b, side) if b > 0 else side for b, side in zip(codes.block, shape, strict=True))
+    new = tuple(min(b, side) if b > 0 else side for b, side in zip(block, shape, strict=True))
+    scale = codes.scale
+    for axis, side in ((0, rows), (1, cols)):
+        if old[axis] == new[axis]:
+            continue
+        if old[axis] % new[axis] and old[axis] < side or old[axis] < new[axis]:
+            raise FormatError(
+                f"{what} has one scale for {new[0]}x{new[1]} weights, the source one for "
+                f"{old[0]}x{old[1]}"
+            )
+        count = -(-side // new[axis])
+        index = torch.arange(count, device=scale.device) * new[axis] // old[axis]
+        scale = scale.index_select(axis, index)
+    return scale

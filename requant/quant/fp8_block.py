@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import TensorSpec, Tolerance, check_specs, require_finite
+from requant.quant.codec import Codec, TensorSpec, Tolerance, check_specs, require_finite
 from requant.quant.packing import e4m3_to_float32
 
 E4M3_MAX = 448.0
@@ -25,14 +25,17 @@ MAX_BLOCK_SIDE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Fp8Block:
+class Fp8Block(Codec):
     """E4M3 with amax / 448 per `block_rows` x `block_cols` block."""
 
     block_rows: int = 128
     block_cols: int = 128
 
     name = "fp8-block"
-    summary = "DeepSeek FP8 E4M3, 128x128 blocks, weight_scale_inv; DeepSeek, vLLM, SGLang"
+    summary = "DeepSeek FP8 E4M3 in 128x128 blocks, weight_scale_inv"
+    loaded_by = "DeepSeek, vLLM, SGLang, transformers"
+    checked_against = "compressed-tensors, transformers"
+    quant_method = "fp8"
     tolerance = Tolerance(max_kl=0.03, min_sqnr_db=25.0)
 
     def __post_init__(self) -> None:
@@ -42,8 +45,7 @@ class Fp8Block:
                 "a block has at least one row and one column; DeepSeek's have 128 and 128"
             )
 
-    @property
-    def row_alignment(self) -> int:
+    def row_alignment(self, cols: int) -> int:
         """Tiles start on a block boundary."""
         return self.block_rows
 
@@ -60,7 +62,9 @@ class Fp8Block:
         rows, cols = parts["weight"].shape
         return rows, cols
 
-    def encode(self, tile: torch.Tensor, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Quantize to nearest even with amax / 448 per block.
 
         A tile that was decoded from FP8 gets back the scale it had, bit for bit.

@@ -7,15 +7,16 @@ Source: compressed-tensors 0.20.0, `pack-quantized`, preset W4A16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import TensorSpec, Tolerance, check_specs
-from requant.quant.integer import check_arithmetic, compressed_tensors_config, quantize_symmetric
+from requant.quant.codec import Codec, TensorSpec, Tolerance, check_specs
+from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
+from requant.quant.integer import check_arithmetic, quantize_symmetric
 from requant.quant.packing import nibbles_to_float32, pack_nibbles
 
 GROUP_SIZES = (32, 64, 128)
@@ -25,15 +26,17 @@ _VALUES = tuple(float(code) for code in range(-8, 8))
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(Codec):
     """Symmetric INT4 in groups along the columns. `arithmetic` changes codes, not the format."""
 
     group_size: int = 128
     arithmetic: str = field(default="fp32", compare=False)
 
     name = "int4"
-    summary = "compressed-tensors W4A16 INT4, packed, one scale a group; transformers, vLLM, SGLang"
-    row_alignment = 1
+    summary = "compressed-tensors W4A16 INT4, packed, one scale a group"
+    loaded_by = "transformers, vLLM, SGLang"
+    checked_against = "compressed-tensors"
+    quant_method = QUANT_METHOD
     tolerance = Tolerance(max_kl=0.1, min_sqnr_db=10.0)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,9 @@ class Int4:
         rows, groups = parts["weight_scale"].shape
         return rows, groups * self.group_size
 
-    def encode(self, tile: torch.Tensor, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """amax / 7.5 per group, codes -8..7."""
         groups = tile.reshape(len(tile), -1, self.group_size)
         codes, scale = quantize_symmetric(groups, 4, self.arithmetic)
@@ -100,32 +105,16 @@ class Int4:
         check_specs(parts, codec.specs(packed.shape[0], scale.shape[1] * group_size))
         return codec
 
-    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+    def scheme(self) -> dict[str, Any]:
         """Preset W4A16 with this group size."""
-        return compressed_tensors_config(
-            container="pack-quantized",
-            weights={
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "group_size": self.group_size,
-                "strategy": "group",
-                "dynamic": False,
-            },
-            input_activations=None,
-            kept=kept,
+        return scheme(
+            "pack-quantized", num_bits=4, type="int", strategy="group", group_size=self.group_size
         )
 
 
 def _stored_group_size(config: Mapping[str, Any] | None) -> int | None:
     """The group size of a symmetric 4-bit group scheme; None when the config says otherwise."""
-    groups = (config or {}).get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        return None
-    group = next(iter(groups.values()))
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict):
-        return None
+    weights = stored_weights(config)
     described = (weights.get("num_bits"), weights.get("type"), weights.get("symmetric"))
     if described != (4, "int", True) or weights.get("strategy") != "group":
         return None

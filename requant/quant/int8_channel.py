@@ -6,25 +6,28 @@ token by the engine). `weight` I8 [rows, cols]; `weight_scale` BF16 [rows, 1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from requant.quant.codec import TensorSpec, Tolerance, check_specs
-from requant.quant.integer import check_arithmetic, compressed_tensors_config, quantize_symmetric
+from requant.quant.codec import Codec, TensorSpec, Tolerance, check_specs
+from requant.quant.compressed_tensors import QUANT_METHOD, dynamic_activations, scheme
+from requant.quant.integer import check_arithmetic, quantize_symmetric
 
 
 @dataclass(frozen=True)
-class Int8Channel:
+class Int8Channel(Codec):
     """Symmetric INT8 per output channel. `arithmetic` changes codes, not the format."""
 
     arithmetic: str = field(default="fp32", compare=False)
 
     name = "int8-channel"
-    summary = "compressed-tensors W8A8 INT8, one scale a row; vLLM, SGLang"
-    row_alignment = 1
+    summary = "compressed-tensors W8A8 INT8, one scale a row"
+    loaded_by = "vLLM, SGLang"
+    checked_against = "compressed-tensors"
+    quant_method = QUANT_METHOD
     tolerance = Tolerance(max_kl=0.02, min_sqnr_db=25.0)
 
     def __post_init__(self) -> None:
@@ -42,7 +45,9 @@ class Int8Channel:
         rows, cols = parts["weight"].shape
         return rows, cols
 
-    def encode(self, tile: torch.Tensor, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """amax / 127.5 per row, codes -128..127."""
         codes, scale = quantize_symmetric(tile, 8, self.arithmetic)
         return {"weight": codes.to(torch.int8), "weight_scale": scale[:, None]}
@@ -63,12 +68,9 @@ class Int8Channel:
         check_specs(parts, self.specs(rows, cols))
         return self
 
-    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+    def scheme(self) -> dict[str, Any]:
         """Preset W8A8: static weights per channel, dynamic activations per token."""
-        common = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
-        return compressed_tensors_config(
-            container="int-quantized",
-            weights={**common, "strategy": "channel", "dynamic": False},
-            input_activations={**common, "strategy": "token", "dynamic": True},
-            kept=kept,
+        activations = dynamic_activations(8, "int")
+        return scheme(
+            "int-quantized", num_bits=8, type="int", strategy="channel", activations=activations
         )

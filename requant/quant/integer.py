@@ -1,4 +1,4 @@
-"""Symmetric integer quantization, shared by the INT8 and INT4 formats, and their config.
+"""Symmetric integer quantization, shared by the INT8 and INT4 formats.
 
 Source: compressed-tensors 0.20.0, quantization/utils/helpers.py (calculate_qparams) and
 quantization/lifecycle/forward_helpers.py. scale = amax / ((qmax - qmin) / 2), stored in BF16, a
@@ -6,9 +6,6 @@ zero scale replaced by BF16's epsilon; code = round_half_even(clamp(weight / sca
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -41,30 +38,3 @@ def quantize_symmetric(
     scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).eps, scale)
     codes = groups / scale.to(groups.dtype)[..., None]
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round_(), scale
-
-
-def compressed_tensors_config(
-    *,
-    container: str,
-    weights: dict[str, Any],
-    input_activations: dict[str, Any] | None,
-    kept: Sequence[str],
-) -> dict[str, Any]:
-    """The quantization_config of compressed-tensors 0.20.0 for one scheme over all Linears."""
-    return {
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": input_activations,
-                "output_activations": None,
-                "format": container,
-            }
-        },
-        "quant_method": "compressed-tensors",
-        "kv_cache_scheme": None,
-        "format": container,
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "ignore": list(kept),
-    }

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import TORCH_DTYPES, TensorSpec, Tolerance, require_finite
+from requant.quant.codec import TORCH_DTYPES, Codec, TensorSpec, Tolerance, require_finite
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Codec):
     """A weight stored as it is, rounded to nearest even."""
 
     name: str
     dtype: str
     tolerance: Tolerance
-    row_alignment: int = 1
+
+    loaded_by = "every engine"
+    checked_against = "torch"
+    quant_method = None
 
     @property
-    def summary(self) -> str:
+    def summary(self) -> str:  # type: ignore[override]
         """One sentence for `requant formats`."""
-        return f"plain {self.dtype}; every engine loads it"
+        return f"plain {self.dtype}, rounded to nearest even"
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """`weight` [rows, cols]."""
@@ -35,7 +38,9 @@ class Plain:
         rows, cols = parts["weight"].shape
         return rows, cols
 
-    def encode(self, tile: torch.Tensor, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Round to the dtype; a finite value beyond its range is refused, not made infinite."""
         encoded = tile.to(TORCH_DTYPES[self.dtype])
         low, high = torch.aminmax(tile)
@@ -59,8 +64,4 @@ class Plain:
         """A lone `weight` in this dtype."""
         if set(parts) == {"weight"} and parts["weight"].dtype == self.dtype:
             return self
-        return None
-
-    def config(self, kept: Sequence[str]) -> None:
-        """Plain checkpoints carry no quantization_config."""
         return None

@@ -69,7 +69,7 @@ class Weights:
         if self._is_kept(name):
             return functional.embedding(ids, self.get(name))
         weight = self.checkpoint.weights[name]
-        alignment = weight.codec.row_alignment if weight.codec else 1
+        alignment = weight.row_alignment
         total, cols = weight.shape
         wanted, places = torch.unique(ids, return_inverse=True)
         table = torch.empty(len(wanted), cols, device=self.device)
@@ -96,7 +96,7 @@ class Weights:
     def _tiles(self, name: str) -> Iterator[torch.Tensor]:
         """The rows of a matrix in order, decoded in tiles of whole rows."""
         weight = self.checkpoint.weights[name]
-        alignment = weight.codec.row_alignment if weight.codec else 1
+        alignment = weight.row_alignment
         rows, cols = weight.shape
         for start, stop in iter_tiles(rows, cols, alignment, _TILE_ELEMENTS):
             yield self.checkpoint.decode_rows(weight, start, stop, self.device)

@@ -109,7 +109,7 @@ def _pairs(
     first_rows: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same tiles of both, in float32 [rows, cols], of all rows or of about the first ones."""
-    alignment = math.lcm(*(w.codec.row_alignment if w.codec else 1 for w in (ours, theirs)))
+    alignment = math.lcm(ours.row_alignment, theirs.row_alignment)
     rows = ours.shape[0] if ours.shape else 1
     if first_rows is not None:
         rows = min(rows, -(-first_rows // alignment) * alignment)

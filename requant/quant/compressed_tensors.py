@@ -1,0 +1,138 @@
+"""The `quantization_config` of compressed-tensors: written from schemes, read for one weight.
+
+Source: compressed-tensors 0.20.0, quantization/quant_config.py and quant_args.py. A config holds
+groups, each a scheme and its targets: class names, exact module names, or `re:` and a regular
+expression that is matched from the start of the name. Unknown keys inside a scheme are errors
+there, so what is written has the keys that the library itself writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+QUANT_METHOD = "compressed-tensors"
+#: The top-level format of a config whose groups have formats of their own.
+MIXED = "mixed-precision"
+
+
+def scheme(
+    container: str,
+    *,
+    num_bits: int,
+    type: str,
+    strategy: str,
+    symmetric: bool = True,
+    group_size: int | None = None,
+    activations: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One scheme. `more` is added to `weights` (block_structure, scale_dtype)."""
+    weights = {
+        "num_bits": num_bits,
+        "type": type,
+        "symmetric": symmetric,
+        "group_size": group_size,
+        "strategy": strategy,
+        **more,
+        "dynamic": False,
+    }
+    return {
+        "weights": weights,
+        "input_activations": None if activations is None else dict(activations),
+        "output_activations": None,
+        "format": container,
+    }
+
+
+def dynamic_activations(num_bits: int, type: str, **more: Any) -> dict[str, Any]:
+    """Activations quantized by the engine as it runs, per token unless `more` says otherwise."""
+    return {
+        "num_bits": num_bits,
+        "type": type,
+        "symmetric": True,
+        "group_size": None,
+        "strategy": "token",
+        "dynamic": True,
+        **more,
+    }
+
+
+def one_scheme_config(scheme: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """The quantization_config of one scheme over all Linears but the `kept` modules."""
+    return groups_config([(["Linear"], scheme)], kept)
+
+
+def groups_config(
+    groups: Sequence[tuple[Sequence[str], Mapping[str, Any]]], kept: Sequence[str]
+) -> dict[str, Any]:
+    """The quantization_config of several (targets, scheme); `kept` are names or `re:` patterns."""
+    formats = list(dict.fromkeys(scheme["format"] for _, scheme in groups))
+    return {
+        "config_groups": {
+            f"group_{number}": {"targets": list(targets), **scheme}
+            for number, (targets, scheme) in enumerate(groups)
+        },
+        "quant_method": QUANT_METHOD,
+        "kv_cache_scheme": None,
+        "format": formats[0] if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": list(kept),
+    }
+
+
+def narrow(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The config with the group that targets `module` as its only one; as it is for one group.
+
+    Exact names count before patterns and patterns before class names, as in compressed-tensors.
+    A module that no group targets keeps all of them: its parts decide.
+    """
+    groups = config.get("config_groups")
+    if config.get("quant_method") != QUANT_METHOD or not isinstance(groups, dict):
+        return config
+    if len(groups) < 2:
+        return config
+    best: tuple[int, str] | None = None
+    for name, group in groups.items():
+        rank = max((_rank(t, module) for t in _targets(group)), default=0)
+        if rank and (best is None or rank > best[0]):
+            best = rank, name
+    if best is None:
+        return config
+    return {**config, "config_groups": {best[1]: groups[best[1]]}}
+
+
+def stored_weights(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The `weights` of a config's only group; empty when there is no such thing."""
+    groups = (config or {}).get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        return {}
+    group = next(iter(groups.values()))
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return weights if isinstance(weights, dict) else {}
+
+
+def _targets(group: Any) -> list[str]:
+    targets = group.get("targets") if isinstance(group, dict) else None
+    return [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
+
+
+def _rank(target: str, module: str) -> int:
+    """How closely a target names a module: 3 exactly, 2 by a pattern, 1 by class, 0 not at all."""
+    if target == module:
+        return 3
+    if target.startswith("re:"):
+        pattern = _pattern(target[3:])
+        return 2 if pattern is not None and pattern.match(module) else 0
+    return 1 if target == "Linear" else 0
+
+
+@lru_cache(maxsize=4096)
+def _pattern(text: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(text)
+    except re.error:
+        return None
