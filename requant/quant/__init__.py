@@ -131,7 +131,11 @@ def describe_formats() -> list[dict[str, Any]]:
 def _options(codec: Codec) -> dict[str, Any]:
     """The codec's options and their values: the dataclass fields that have a default to change."""
     fields = dataclasses.fields(codec)  # type: ignore[arg-type]
-    return {f.name: getattr(codec, f.name) for f in fields if f.default is not dataclasses.MISSING}
+    return {
+        f.name: getattr(codec, f.name)
+        for f in fields
+        if f.default is not dataclasses.MISSING and not f.metadata.get("stored")
+    }
 
 
 def _parse_option(default: Any, text: str) -> Any:

@@ -142,6 +142,8 @@ class Codec(ABC):
     #: The kind of codes, for formats that can hand theirs over; the kinds that `pack` takes.
     alphabet: Alphabet | None = None
     packs: frozenset[Alphabet] = frozenset()
+    #: Small parts whose bytes tell what headers do not; see `with_content`.
+    needs_content: tuple[str, ...] = ()
     #: Whether `encode` needs a `summary` of the whole weight first.
     two_pass: bool = False
     #: Whether weights that engines fuse (names.fused_set) must share one summary.
@@ -209,6 +211,14 @@ class Codec(ABC):
         scheme of this very weight as its only group. Raises FormatError when the parts are this
         format's but contradict each other or the config.
         """
+
+    def with_content(self, content: Mapping[str, bytes]) -> Codec:
+        """The detected codec, completed by the bytes of its `needs_content` parts.
+
+        What they tell is kept in fields marked metadata={"stored": True}, compare=False: they are
+        no options. Raises FormatError for bytes that make no sense.
+        """
+        return self
 
     def accepts(self, stored: Codec) -> bool:
         """Whether a weight that is stored as `stored` is in this format already."""
