@@ -50,6 +50,9 @@ To = Annotated[
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="A preset's name, or a recipe file (.toml).")
 ]
+RequireLossless = Annotated[
+    bool, typer.Option("--require-lossless", help="Refuse where a value would change.")
+]
 MaxKl = Annotated[
     float | None,
     typer.Option(min=0.0, help="Largest mean KL in nats per token; default: by format."),
@@ -132,13 +135,14 @@ def plan_command(
     source: Source,
     to: To = None,
     recipe: RecipeOption = None,
+    require_lossless: RequireLossless = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show all that convert would do, from headers alone."""
+    """Show all that convert would do, from headers, and scales where they decide."""
     from requant.convert.report import plan_table
 
-    summary = _plan(source, to, recipe).summary()
+    summary = _plan(source, to, recipe, require_lossless).summary()
     Output(json, quiet).result(summary, lambda: plan_table(summary))
 
 
@@ -148,6 +152,7 @@ def convert_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     to: To = None,
     recipe: RecipeOption = None,
+    require_lossless: RequireLossless = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and output afterwards, and judge.")
     ] = False,
@@ -165,7 +170,7 @@ def convert_command(
         raise RequantError("--max-kl has no effect without --verify")
     output = Output(json, quiet)
     runtime = Runtime(_device(device), workers or os.cpu_count() or 1)
-    plan = _plan(source, to, recipe)
+    plan = _plan(source, to, recipe, require_lossless)
     with output.progress(plan.read_bytes, "convert") as progress:
         result = convert(plan, out, runtime, progress)
     if not verify:
@@ -278,7 +283,7 @@ def _folder(source: str) -> Path:
     return Path(source)
 
 
-def _plan(source: str, to: str | None, recipe: str | None) -> Plan:
+def _plan(source: str, to: str | None, recipe: str | None, require_lossless: bool) -> Plan:
     from requant.convert.plan import make_plan
     from requant.convert.recipe import default_recipe, load_recipe
     from requant.convert.source import Checkpoint
@@ -286,7 +291,7 @@ def _plan(source: str, to: str | None, recipe: str | None) -> Plan:
     if (to is None) == (recipe is None):
         raise RequantError("give either --to FORMAT or --recipe NAME|FILE.toml")
     chosen = default_recipe(to) if to is not None else load_recipe(recipe or "")
-    return make_plan(Checkpoint.open(_folder(source)), chosen)
+    return make_plan(Checkpoint.open(_folder(source)), chosen, require_lossless)
 
 
 def _device(name: str | None) -> torch.device:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from requant.convert.patterns import natural_key
+from requant.errors import FormatError
 from requant.quant import Codec, parse_format
 
 CPU = torch.device("cpu")
@@ -47,6 +49,14 @@ KEPT_MODULES = [
     "model.layers.2.eh_proj",
     "model.layers.2.mlp.gate",
     "model.layers.2.shared_head.head",
+]
+
+#: The same as compressed-tensors' configs say it.
+KEPT_PATTERNS = [
+    "lm_head",
+    r"re:.*\.layers\.\d+\.mlp\.gate$",
+    r"re:.*\.layers\.\d+\.eh_proj$",
+    r"re:.*\.layers\.\d+\.shared_head\.head$",
 ]
 
 SIDE_FILES = {
@@ -98,11 +108,26 @@ def kept_tensors(seed: int = 1) -> Tensors:
     }
 
 
+def held_by(codec: Codec, shape: tuple[int, ...]) -> Codec:
+    """The codec, or BF16 for a shape that it refuses."""
+    try:
+        codec.specs(*shape)
+    except FormatError:
+        return parse_format("bf16")
+    return codec
+
+
+def refused_modules(codec: Codec) -> list[str]:
+    """The linear layers that a format cannot hold."""
+    return [module for module, shape in LINEAR.items() if held_by(codec, shape) != codec]
+
+
 def encode(weights: Tensors, codec: Codec) -> Tensors:
     """Stored parts of every weight, by the codec alone: no tiles, no files."""
     parts: Tensors = {}
     for name, weight in weights.items():
-        encoded = codec.encode(weight.to(torch.float32), tuple(weight.shape))
+        shape = weight.shape[0], weight.shape[1]
+        encoded = held_by(codec, shape).encode(weight.to(torch.float32), shape)
         parts |= {name.removesuffix("weight") + part: t for part, t in encoded.items()}
     return parts
 
@@ -110,9 +135,10 @@ def encode(weights: Tensors, codec: Codec) -> Tensors:
 def decode(stored: Mapping[str, torch.Tensor], codec: Codec) -> Tensors:
     """The float32 weights of `encode`'s result, by the codec alone."""
     weights: Tensors = {}
-    for module, (rows, cols) in LINEAR.items():
-        parts = {part: stored[f"{module}.{part}"] for part in codec.specs(rows, cols)}
-        weights[f"{module}.weight"] = codec.decode(parts, (rows, cols))
+    for module, shape in LINEAR.items():
+        held = held_by(codec, shape)
+        parts = {part: stored[f"{module}.{part}"] for part in held.specs(*shape)}
+        weights[f"{module}.weight"] = held.decode(parts, shape)
     return weights
 
 
@@ -148,7 +174,7 @@ def make_source(folder: Path, format_text: str, seed: int = 0) -> Path:
     codec = parse_format(format_text)
     stored = encode(random_weights(seed), codec)
     config = dict(CONFIG)
-    quantization = codec.config(KEPT_MODULES)
+    quantization = expected_config(codec)
     if quantization is not None:
         config["quantization_config"] = quantization
     write_checkpoint(folder, {**stored, **kept_tensors()}, config)
@@ -156,6 +182,14 @@ def make_source(folder: Path, format_text: str, seed: int = 0) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def expected_config(codec: Codec) -> dict[str, Any] | None:
+    """The quantization_config of the small checkpoint in a format."""
+    if codec.quant_method == "compressed-tensors":
+        assert not refused_modules(codec)
+        return codec.config(KEPT_PATTERNS)
+    return codec.config(sorted([*KEPT_MODULES, *refused_modules(codec)], key=natural_key))
 
 
 def load(folder: Path) -> Tensors:

@@ -76,7 +76,7 @@ def test_formats_and_recipes() -> None:
 
 def test_a_preset_is_printed_as_it_is() -> None:
     """Brackets are no markup: the text is to be copied and edited."""
-    document = check(["recipes", "int4"], human=['[roles]\nattention = "int4"', "[group_size=32]"])
+    document = check(["recipes", "int4"], human=['[roles]\nattention = "int4"', "[modules]"])
     assert invoke("recipes", "int4").stdout.strip() == document["text"].strip()
     check(["recipes", "int44"], exit=2, error="unknown recipe 'int44': one of bf16")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from requant.quant import PART_NAMES
+from requant.quant import ACTIVATION_PARTS, PART_NAMES
 
 Role = Literal[
     "embedding",
@@ -32,9 +32,13 @@ LINEAR_ROLES: frozenset[Role] = frozenset(
     {"attention", "dense_mlp", "shared_expert", "routed_expert"}
 )
 
+#: Of Hugging Face's names, and of DeepSeek's own (V4 is published under those).
 _ATTENTION = frozenset(
-    "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+    "q_proj k_proj v_proj o_proj q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj "
+    "wq wk wv wo wq_a wq_b wkv wkv_a wkv_b wo_a wo_b".split()
 )
+#: Inside attention, and not its projections: DeepSeek's sparse indexer and key compressor.
+_BESIDE_ATTENTION = frozenset({"indexer", "compressor"})
 _MLP = frozenset("gate_proj up_proj down_proj w1 w2 w3".split())
 _EMBEDDINGS = frozenset("embed_tokens embed wte".split())
 #: Parts of multimodal models that are not the language model, whatever their leaves are called.
@@ -42,6 +46,22 @@ _TOWERS = frozenset(
     "vision_tower vision_model visual audio_tower mm_projector multi_modal_projector".split()
 )
 _HEADS = frozenset("lm_head head".split())
+_ROUTERS = frozenset("gate router shared_expert_gate".split())
+
+#: Layers that engines run as one matrix product, which must therefore share one format and, in
+#: NVFP4, one global scale: leaf -> name of its set.
+_FUSED = {
+    leaf: name
+    for name, leaves in {
+        "qkv": "q_proj k_proj v_proj",
+        "wqkv": "wq wk wv",
+        "qkv_a": "q_a_proj kv_a_proj_with_mqa",
+        "wqkv_a": "wq_a wkv_a wkv",
+        "gate_up": "gate_proj up_proj",
+        "w13": "w1 w3",
+    }.items()
+    for leaf in leaves.split()
+}
 
 
 @dataclass(frozen=True)
@@ -60,13 +80,17 @@ class TensorName:
     def parse(cls, name: str) -> TensorName:
         """Take a stored tensor's name apart."""
         module, _, part = name.rpartition(".")
+        if part not in PART_NAMES and ".weight." in name:  # bitsandbytes: `weight.absmax`, ...
+            owner, _, tail = name.rpartition(".weight.")
+            if f"weight.{tail}" in PART_NAMES:
+                module, part = owner, f"weight.{tail}"
         components = module.split(".")
         return cls(module, part, _number(components, "layers"), _number(components, "experts"))
 
     @property
     def weight(self) -> str:
         """The canonical name of the weight this part belongs to: `<module>.weight`, or itself."""
-        part = "weight" if self.part in PART_NAMES else self.part
+        part = "weight" if self.part in PART_NAMES | ACTIVATION_PARTS else self.part
         return f"{self.module}.{part}" if self.module else part
 
 
@@ -75,8 +99,10 @@ def kind_of(name: str, shape: tuple[int, ...]) -> Role:
     parsed = TensorName.parse(name)
     components = parsed.module.split(".")
     leaf = components[-1]
-    if parsed.part == "e_score_correction_bias":
+    if parsed.part == "e_score_correction_bias" or (leaf in _ROUTERS and parsed.part == "bias"):
         return "router_bias"
+    if parsed.part == "tid2eid":  # DeepSeek-V4's first layers route by token
+        return "router"
     if len(shape) <= 1:
         return "bias" if parsed.part == "bias" else "norm"
     if parsed.part != "weight" or len(shape) != 2:
@@ -87,9 +113,9 @@ def kind_of(name: str, shape: tuple[int, ...]) -> Role:
         return "embedding"
     if leaf in _HEADS:
         return "lm_head"
-    if leaf in ("gate", "router"):
+    if leaf in _ROUTERS:
         return "router"
-    if leaf in _ATTENTION and "indexer" not in components:
+    if leaf in _ATTENTION and not _BESIDE_ATTENTION & set(components):
         return "attention"
     if leaf in _MLP:
         if parsed.expert is not None:
@@ -97,6 +123,12 @@ def kind_of(name: str, shape: tuple[int, ...]) -> Role:
         shared = {"shared_experts", "shared_expert"} & set(components)
         return "shared_expert" if shared else "dense_mlp"
     return "other"
+
+
+def fused_set(name: str) -> str | None:
+    """What identifies the layers that engines fuse with this one; None when it stands alone."""
+    prefix, _, leaf = TensorName.parse(name).module.rpartition(".")
+    return f"{prefix}.{_FUSED[leaf]}" if leaf in _FUSED else None
 
 
 def role_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Role:

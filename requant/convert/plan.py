@@ -5,6 +5,7 @@ Output files mirror the source's files: a weight goes where its codes were, its 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -14,9 +15,12 @@ from functools import cached_property
 from typing import Any
 
 import requant
+from requant.convert.containers import choose_codecs, expert_dtype, quantization_config
+from requant.convert.engines import engine_notes
 from requant.convert.header import layout
-from requant.convert.names import LINEAR_ROLES, TensorName, is_index
-from requant.convert.recipe import Recipe, plain_codec
+from requant.convert.lossless import keeps_values
+from requant.convert.names import TensorName, fused_set, setting
+from requant.convert.recipe import Recipe
 from requant.convert.source import SINGLE_NAME, Checkpoint, StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec, format_name
@@ -28,16 +32,25 @@ _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """One weight: where its parts go. `codec` None means: copy the stored bytes."""
+    """One weight: where its parts go. `codec` None means: copy the stored bytes.
+
+    `lossless`: converted without a change of value; `repack`: by handing over its codes. `reason`
+    says why codes that the target could take are requantized all the same. `companions` are the
+    weights that share the summary of a two-pass format with this one, itself included.
+    """
 
     source: StoredWeight
     codec: Codec | None
     specs: Mapping[str, TensorSpec]
+    lossless: bool = False
+    repack: bool = False
+    reason: str | None = None
+    companions: tuple[StoredWeight, ...] = ()
 
     def stored_name(self, part: str) -> str:
         """The full name of one of its parts in the output."""
         if self.codec is None:
-            return self.source.parts[part].name
+            return {**self.source.parts, **self.source.activations}[part].name
         return self.source.name.removesuffix("weight") + part
 
     @property
@@ -93,12 +106,14 @@ class Plan:
         for file in self.files:
             digest.update(file.name.encode() + file.header)
             for weight in file.weights:
-                digest.update(repr((weight.source.name, weight.codec)).encode())
+                identity = weight.source.name, weight.codec, weight.repack
+                digest.update(repr(identity).encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """The stable JSON keys that `plan` and `convert` share."""
-        requantized = sum(weight.codec is not None for weight in self.weights)
+        converted = [weight for weight in self.weights if weight.codec is not None]
+        lossless = sum(weight.lossless for weight in converted)
         formats = Counter(
             format_name(w.codec) if w.codec else w.source.format for w in self.weights
         )
@@ -110,10 +125,18 @@ class Plan:
             "tensors": len(self.weights),
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,
-            "identical_tensors": len(self.weights) - requantized,
-            "requantized_tensors": requantized,
+            "identical_tensors": len(self.weights) - len(converted),
+            "lossless_tensors": lossless,
+            "requantized_tensors": len(converted) - lossless,
             "formats": dict(sorted(formats.items())),
+            "not_lossless": [
+                {"tensor": w.source.name, "reason": w.reason} for w in converted if w.reason
+            ],
+            "engine_notes": list(engine_notes(self.weights)),
             "ignored_files": self.source.ignored_files,
+            "dropped_tensors": sorted(
+                part.name for w in converted for part in w.source.activations.values()
+            ),
             "unknown_tensors": sorted(
                 w.source.name
                 for w in self.weights
@@ -122,73 +145,75 @@ class Plan:
         }
 
 
-def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False) -> Plan:
     """Plan a conversion. Raises FormatError, naming the tensor, for what cannot be written."""
     recipe.require_effect(source)
-    targets = {name: recipe.target(weight) for name, weight in source.weights.items()}
-    container = _container(recipe, source, targets)
+    chosen = choose_codecs(source, recipe)
+    sets = _companions(source, chosen)
     by_file: dict[str, list[PlannedWeight]] = {}
     refused: list[FormatError] = []
     for name, weight in source.weights.items():
-        codec = _written_as(weight, targets[name], container, source.config)
         try:
-            by_file.setdefault(weight.file, []).append(_plan_weight(weight, codec))
+            planned = _plan_weight(source, weight, chosen[name], sets)
+            by_file.setdefault(weight.file, []).append(planned)
         except FormatError as error:
             refused.append(error)
     if refused:
         more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
         raise FormatError(f"{refused[0]}{more}")
     files = tuple(_plan_file(name, by_file[name]) for name in sorted(by_file))
-    config = _config(source.config, container, recipe, [w for f in files for w in f.weights])
-    return Plan(source, recipe, files, config, _index(files))
+    plan = Plan(source, recipe, files, _config(source, recipe, chosen), _index(files))
+    if require_lossless:
+        _require_lossless(plan)
+    return plan
 
 
-def _container(
-    recipe: Recipe, source: Checkpoint, targets: Mapping[str, Codec | None]
-) -> Codec | None:
-    """The one quantized format of the output, which its config describes; None when plain."""
-    found: dict[Codec, str] = {}
-    for name, weight in source.weights.items():
-        codec = targets[name]
-        if codec is None and weight.kind in LINEAR_ROLES:
-            codec = weight.codec
-        if codec is not None and not isinstance(codec, Plain):
-            found.setdefault(codec, name)
-    if len(found) > 1:
-        (first, a), (second, b) = list(found.items())[:2]
-        raise FormatError(
-            f"recipe {recipe.name}: {a} would be {format_name(first)} and {b} "
-            f"{format_name(second)}; one checkpoint holds one quantized format: give their roles "
-            "the same format, or one of them bf16"
-        )
-    return next(iter(found), None)
+def _companions(
+    source: Checkpoint, chosen: Mapping[str, Codec | None]
+) -> dict[str, tuple[StoredWeight, ...]]:
+    """For every fused set that is encoded in a format with one summary a set: its weights."""
+    sets: dict[str, tuple[StoredWeight, ...]] = {}
+    for name, codec in chosen.items():
+        key = fused_set(name)
+        if codec is not None and codec.shares_summary and key is not None:
+            sets[key] = (*sets.get(key, ()), source.weights[name])
+    return sets
 
 
-def _written_as(
+def _plan_weight(
+    source: Checkpoint,
     weight: StoredWeight,
-    target: Codec | None,
-    container: Codec | None,
-    config: Mapping[str, Any],
-) -> Codec | None:
-    """The codec to write a weight with, or None to copy its bytes."""
-    if weight.codec is None or target == weight.codec:
-        return None
-    if target is None and not isinstance(weight.codec, Plain) and weight.codec != container:
-        # Never converted by role, but stored in a format the output's config cannot describe.
-        return plain_codec(config)
-    return target
-
-
-def _plan_weight(weight: StoredWeight, codec: Codec | None) -> PlannedWeight:
+    codec: Codec | None,
+    sets: Mapping[str, tuple[StoredWeight, ...]],
+) -> PlannedWeight:
     if codec is None:
-        return PlannedWeight(weight, None, {p: t.spec for p, t in weight.parts.items()})
+        stored = {**weight.parts, **weight.activations}
+        return PlannedWeight(weight, None, {p: t.spec for p, t in stored.items()})
     rows, cols = weight.shape
     if not rows or not cols:
         raise FormatError(f"{weight.name}: is [{rows}, {cols}]; a format needs rows and columns")
     try:
-        return PlannedWeight(weight, codec, codec.specs(rows, cols))
+        specs = codec.specs(rows, cols)
     except FormatError as error:
         raise FormatError(f"{weight.name}: {error}") from error
+    kept = keeps_values(source, weight, codec)
+    companions: tuple[StoredWeight, ...] = ()
+    if codec.two_pass and not kept.repack:
+        companions = sets.get(fused_set(weight.name) or "", (weight,))
+    return PlannedWeight(weight, codec, specs, kept.lossless, kept.repack, kept.reason, companions)
+
+
+def _require_lossless(plan: Plan) -> None:
+    lossy = [w for w in plan.weights if w.codec is not None and not w.lossless]
+    if lossy:
+        first = lossy[0]
+        assert first.codec is not None
+        way = f"{first.source.format} -> {format_name(first.codec)}"
+        raise FormatError(
+            f"{first.source.name}: {way} is not lossless: {first.reason or 'it rounds'}; "
+            f"so it is with {len(lossy) - 1} more weights; leave out --require-lossless, or keep "
+            "these weights as they are"
+        )
 
 
 def _plan_file(name: str, weights: list[PlannedWeight]) -> PlannedFile:
@@ -206,42 +231,34 @@ def _index(files: tuple[PlannedFile, ...]) -> dict[str, Any] | None:
 
 
 def _config(
-    source: Mapping[str, Any],
-    container: Codec | None,
-    recipe: Recipe,
-    weights: list[PlannedWeight],
+    source: Checkpoint, recipe: Recipe, chosen: Mapping[str, Codec | None]
 ) -> dict[str, Any]:
     """config.json of the output: the source's, with what changed."""
-    if container is not None and all(weight.codec is None for weight in weights):
-        return dict(source)  # with what it says of activations, such as scale_fmt
-    config = {k: v for k, v in source.items() if k != "quantization_config"}
+    config: dict[str, Any] = copy.deepcopy(source.config)
+    quantization = quantization_config(source, chosen)
+    if quantization is not None and not any(chosen.values()):
+        # With what the source says of activations, such as scale_fmt.
+        if setting(config, "quantization_config") is None:
+            config["quantization_config"] = source.quantization_config
+        return config
     nested = config.get("text_config")
-    if isinstance(nested, dict):
-        nested = {k: v for k, v in nested.items() if k != "quantization_config"}
-        config["text_config"] = nested
+    parts = [config, nested] if isinstance(nested, dict) else [config]
+    for part in parts:
+        part.pop("quantization_config", None)
     plain = {c for c in recipe.roles.values() if c is not None}
     codec = next(iter(plain), None)
-    if container is None and len(plain) == 1 and isinstance(codec, Plain):
-        for part in (config, nested if isinstance(nested, dict) else {}):
+    if quantization is None and len(plain) == 1 and isinstance(codec, Plain):
+        for part in parts:
             part.update({k: _TORCH_NAMES[codec.dtype] for k in _DTYPE_KEYS if k in part})
-    if container is not None:
-        config["quantization_config"] = container.config(_kept_modules(weights))
+    experts = expert_dtype(source, chosen, (quantization or {}).get("quant_method"))
+    for part in parts:
+        if part.pop("expert_dtype", None) is not None and experts is not None:
+            part["expert_dtype"] = experts
+    if quantization is not None:
+        config["quantization_config"] = quantization  # at the top: all loaders look there
+        if experts is not None and "expert_dtype" in (source.quantization_config or {}):
+            quantization["expert_dtype"] = experts
     return config
-
-
-def _kept_modules(weights: list[PlannedWeight]) -> list[str]:
-    """Linear modules that the output holds in plain floats, in the checkpoint's own names."""
-    kept = {
-        TensorName.parse(w.source.name).module
-        for w in weights
-        if isinstance(w.written_codec, Plain) and w.source.kind not in ("embedding", "norm", "bias")
-    }
-    return sorted(kept | {"lm_head"}, key=_natural)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that counts layers as numbers."""
-    return [(int(c), "") if is_index(c) else (-1, c) for c in name.split(".")]
 
 
 def _is_eh_proj(weight: StoredWeight) -> bool:

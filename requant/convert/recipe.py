@@ -12,7 +12,6 @@ not a linear layer of an MTP layer (its eh_proj, norms, router and embeddings).
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import tomllib
 from collections.abc import Mapping
@@ -20,10 +19,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from requant.convert.names import LINEAR_ROLES, TensorName, setting
+from requant.convert.names import LINEAR_ROLES, ROLES, TensorName, setting
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.errors import FormatError, RequantError
-from requant.quant import Codec, format_name, parse_format
+from requant.quant import CODECS, Codec, format_name, parse_format
+from requant.quant.codec import bits_per_weight
 from requant.quant.plain import Plain
 
 #: The roles a recipe may name.
@@ -32,17 +32,20 @@ RECIPE_ROLES = frozenset({*LINEAR_ROLES, "mtp"})
 
 @dataclass(frozen=True)
 class Recipe:
-    """`roles` and `modules` map to a codec, or None for "keep"."""
+    """`roles` and `modules` map to a codec, or None for "keep". A `preset` serves many models, so
+    its patterns need not match."""
 
     name: str
     description: str
     roles: Mapping[str, Codec | None]
     modules: Mapping[str, Codec | None]
+    preset: bool = False
 
     @property
     def format(self) -> str:
         """The formats it writes, in order, e.g. `int4` or `int4[group_size=32]+bf16`."""
-        names = [format_name(c) for c in (*self.roles.values(), *self.modules.values()) if c]
+        exceptions = () if self.preset else self.modules.values()
+        names = [format_name(c) for c in (*self.roles.values(), *exceptions) if c]
         return "+".join(dict.fromkeys(names)) or "keep"
 
     def target(self, weight: StoredWeight) -> Codec | None:
@@ -57,6 +60,8 @@ class Recipe:
 
     def require_effect(self, source: Checkpoint) -> None:
         """Raise when a [modules] pattern decides about no linear weight: a typo must not pass."""
+        if self.preset:
+            return
         modules = {
             TensorName.parse(weight.name).module
             for weight in source.weights.values()
@@ -80,24 +85,24 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The presets that ship with requant."""
+    """The presets: the default recipe of every format, then those that ship as files."""
     folder = resources.files("requant.recipes")
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
+    files = (f.name for f in folder.iterdir() if f.name.endswith(".toml"))
+    return [codec.name for codec in CODECS] + sorted(name.removesuffix(".toml") for name in files)
 
 
 def recipe_text(name: str) -> str:
     """The text of a preset. Raises RequantError naming the presets there are."""
     if name not in recipe_names():
         raise RequantError(f"unknown recipe {name!r}: one of {', '.join(recipe_names())}")
-    return resources.files("requant.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+    file = resources.files("requant.recipes").joinpath(f"{name}.toml")
+    return file.read_text("utf-8") if file.is_file() else _format_text(parse_format(name))
 
 
 def load_recipe(name_or_file: str) -> Recipe:
     """A preset by name, or a recipe file by a path that ends in .toml."""
     if not name_or_file.endswith(".toml"):
-        return parse_recipe(name_or_file, recipe_text(name_or_file))
+        return parse_recipe(name_or_file, recipe_text(name_or_file), preset=True)
     try:
         text = Path(name_or_file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -106,19 +111,33 @@ def load_recipe(name_or_file: str) -> Recipe:
 
 
 def default_recipe(format_text: str) -> Recipe:
-    """The default recipe of a format; the options of `format_text` apply to all it converts."""
+    """The default recipe of a format with its options: all linear layers."""
     codec = parse_format(format_text)
-    recipe = parse_recipe(codec.name, recipe_text(codec.name))
-
-    def with_options(codecs: Mapping[str, Codec | None]) -> dict[str, Codec | None]:
-        return {k: codec if c and c.name == codec.name else c for k, c in codecs.items()}
-
-    return dataclasses.replace(
-        recipe, roles=with_options(recipe.roles), modules=with_options(recipe.modules)
-    )
+    return parse_recipe(codec.name, _format_text(codec), preset=True)
 
 
-def parse_recipe(name: str, text: str) -> Recipe:
+def _format_text(codec: Codec) -> str:
+    """The default recipe of a format, as a file would say it."""
+    name = format_name(codec)
+    lines = [
+        f"# {name}: {codec.summary}.",
+        f"# Loaded by {codec.loaded_by}. Copy this text into a file to edit it.",
+        f'description = "all linear layers in {name}"',
+        "",
+        "[roles]",
+        *(f'{role} = "{name}"' for role in ROLES if role in RECIPE_ROLES),
+    ]
+    if bits_per_weight(codec) < 6:
+        lines += [
+            "",
+            "# Engines take MLA's kv_b_proj apart, and not all can do so in 4 bits.",
+            "[modules]",
+            '"*.kv_b_proj" = "bf16"',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def parse_recipe(name: str, text: str, preset: bool = False) -> Recipe:
     """Parse a recipe's text. Unknown keys, roles and formats are errors."""
     try:
         data = tomllib.loads(text)
@@ -139,7 +158,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
     modules = _table(name, data, "modules")
     if not any((*roles.values(), *modules.values())):
         raise RequantError(f"recipe {name}: converts nothing; name a format in [roles]")
-    return Recipe(name, str(data.get("description", "")), roles, modules)
+    return Recipe(name, str(data.get("description", "")), roles, modules, preset)
 
 
 def _table(name: str, data: Mapping[str, object], key: str) -> dict[str, Codec | None]:
@@ -151,7 +170,10 @@ def _table(name: str, data: Mapping[str, object], key: str) -> dict[str, Codec |
         if not isinstance(right, str):
             raise RequantError(f"recipe {name}: [{key}] {left} = {right!r} is not a format name")
         try:
-            codecs[left] = None if right == "keep" else parse_format(right)
+            codec = None if right == "keep" else parse_format(right)
+            if codec is not None and (codec.read_only or codec.fused_only):
+                raise FormatError(f"{right} is only read, not written; see `requant formats`")
+            codecs[left] = codec
         except FormatError as error:
             raise FormatError(f"recipe {name}: [{key}] {left}: {error}") from error
     return codecs

@@ -22,7 +22,7 @@ def plan_table(summary: Mapping[str, Any]) -> RenderableType:
     table.add_row(
         "tensors",
         f"{summary['tensors']}: {summary['requantized_tensors']} requantized, "
-        f"{summary['identical_tensors']} bit-identical",
+        f"{summary['lossless_tensors']} lossless, {summary['identical_tensors']} bit-identical",
     )
     table.add_row("", ", ".join(f"{n} {name}" for name, n in summary["formats"].items()))
     table.add_row("read", size(summary["read_bytes"]))
@@ -33,6 +33,9 @@ def plan_table(summary: Mapping[str, Any]) -> RenderableType:
         table.add_row("time", f"{summary['seconds']:.1f} s{again}")
         table.add_row("peak memory", size(summary["peak_rss_bytes"]))
     notices = [
+        *_reasons(summary["not_lossless"]),
+        *map(Text, summary["engine_notes"]),
+        *_notice("left out, as they belong to the old format", summary["dropped_tensors"]),
         *_notice("copied as they are, role unknown", summary["unknown_tensors"]),
         *_notice("not converted, because the index does not name them", summary["ignored_files"]),
     ]
@@ -45,13 +48,33 @@ def _notice(what: str, names: Sequence[str]) -> list[Text]:
     return [Text(f"{what}: {', '.join(names[:5])}{more}")] if names else []
 
 
+def _reasons(refused: Sequence[Mapping[str, str]]) -> list[Text]:
+    """One line a reason why codes of the same kind are requantized, with an example."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in refused:
+        by_reason.setdefault(entry["reason"], []).append(entry["tensor"])
+    lines = []
+    for reason, names in list(by_reason.items())[:5]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(Text(f"not lossless: {names[0]}{more}: {reason}"))
+    if len(by_reason) > 5:
+        lines.append(Text(f"not lossless for {len(by_reason) - 5} more reasons; see --json"))
+    return lines
+
+
 def formats_table(formats: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a format."""
-    table = Table("format", "options", "bits per weight", "what it is")
+    """One row a format; every one is read and written."""
+    table = Table("format", "bits per weight", "options", "what it is", "loaded by", "checked with")
     for row in formats:
-        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        table.add_row(row["name"], options, f"{row['bits_per_weight']:.3f}", row["summary"])
+        options = " ".join(f"{k}={_text(v)}" for k, v in row["options"].items())
+        bits = f"{row['bits_per_weight']:.3f}"
+        about = row["summary"], row["loaded_by"], row["checked_against"]
+        table.add_row(row["name"], bits, options, *about)
     return table
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def recipes_table(recipes: Sequence[Mapping[str, Any]]) -> Table:

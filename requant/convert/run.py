@@ -13,19 +13,22 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 import requant
+from requant.convert.fused import StoredPart
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Journal, read_manifest
 from requant.convert.plan import Plan, PlannedFile, PlannedWeight
-from requant.convert.source import INDEX_NAME, Checkpoint, iter_tiles
+from requant.convert.source import INDEX_NAME, Checkpoint, StoredWeight, iter_tiles
 from requant.convert.writer import (
     PARTIAL_SUFFIX,
     OutputFile,
@@ -35,14 +38,21 @@ from requant.convert.writer import (
     writing,
 )
 from requant.errors import CheckpointError, FormatError, RequantError
+from requant.quant import Codec
 
 #: Elements a worker holds at a time; about 10 bytes each at the peak of encoding.
 TILE_ELEMENTS = 1 << 20
 #: Bytes a worker copies at a time.
 COPY_BYTES = 1 << 23
 
+#: Rows of a tile, at least, where they lie along the columns of a stored part.
+TALL_ROWS = 1024
+#: Tiles that are measured at a time.
+IN_FLIGHT = 8
+
 Progress = Callable[[int], None]
 Task = Callable[[], int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ def _write_files(
         torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(runtime.workers) as pool:
+            summaries = Summaries(plan.source, runtime.device, pool)
             for planned in plan.files:
                 if planned.name in journal.finished:
                     progress(sum(weight.source.nbytes for weight in planned.weights))
@@ -147,7 +158,7 @@ def _write_files(
                 file = OutputFile(out / planned.name, planned.nbytes)
                 try:
                     file.write(0, planned.header)
-                    tasks = _tasks(plan.source, planned, file, runtime.device)
+                    tasks = _tasks(plan.source, planned, file, runtime.device, summaries)
                     _drain(pool, tasks, 2 * runtime.workers, progress)
                     file.commit()
                 except BaseException:
@@ -179,19 +190,74 @@ def _drain(
         wait(pending)
 
 
+class Summaries:
+    """The first pass of two-pass formats: what `encode` must know of the whole weight.
+
+    Weights that engines fuse share one; it is computed once, wherever their files lie.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device, pool: ThreadPoolExecutor) -> None:
+        self._source, self._device, self._pool = source, device, pool
+        self._known: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def of(self, weight: PlannedWeight) -> torch.Tensor | None:
+        """The summary for `weight`; None when its format needs none."""
+        if not weight.companions:
+            return None
+        key = tuple(companion.name for companion in weight.companions)
+        if key not in self._known:
+            assert weight.codec is not None
+            self._known[key] = self._compute(weight.codec, weight.companions)
+        return self._known[key]
+
+    def _compute(self, codec: Codec, companions: Sequence[StoredWeight]) -> torch.Tensor:
+        def measure(stored: StoredWeight, start: int, stop: int) -> torch.Tensor:
+            tile = self._source.decode_rows(stored, start, stop, self._device)
+            return _of_rows(stored, start, stop, lambda: codec.measure(tile))
+
+        # A window of tiles at a time: what waits holds no memory, what is done only its measure.
+        measured: list[torch.Tensor] = []
+        pending: deque[Future[torch.Tensor]] = deque()
+        for stored in companions:
+            for start, stop in _tile_ranges(stored, codec):
+                pending.append(self._pool.submit(measure, stored, start, stop))
+                if len(pending) >= IN_FLIGHT:
+                    measured.append(pending.popleft().result())
+        measured += [future.result() for future in pending]
+        return codec.summarize(measured)
+
+
 def _tasks(
-    source: Checkpoint, planned: PlannedFile, file: OutputFile, device: torch.device
+    source: Checkpoint,
+    planned: PlannedFile,
+    file: OutputFile,
+    device: torch.device,
+    summaries: Summaries,
 ) -> Iterator[Task]:
     """One task per tile of each weight, in the order the bytes lie in the source."""
     for weight in sorted(planned.weights, key=_source_offset):
         if weight.codec is None:
             yield from _copy_tasks(source, weight, planned, file)
+            continue
+        if weight.repack:
+            convert = partial(_repack, source, weight)
         else:
-            rows, cols = weight.source.shape
-            assert weight.source.codec is not None
-            alignment = math.lcm(weight.codec.row_alignment(cols), weight.source.row_alignment)
-            for start, stop in iter_tiles(rows, cols, alignment, TILE_ELEMENTS):
-                yield _encode_task(source, weight, planned, file, device, start, stop)
+            convert = partial(_encode, source, weight, device, summaries.of(weight))
+        for start, stop in _tile_ranges(weight.source, weight.codec):
+            yield partial(_convert_tile, convert, weight, planned, file, start, stop)
+
+
+def _tile_ranges(stored: StoredWeight, codec: Codec) -> Iterator[tuple[int, int]]:
+    """Tiles that both formats can take. Where rows lie along the columns of a stored part, tiles
+    are tall, so that each piece of it is a few KiB long."""
+    rows, cols = stored.shape
+    alignment = math.lcm(codec.row_alignment(cols), stored.row_alignment)
+    assert stored.codec is not None
+    specs = (*codec.specs(rows, cols).values(), *stored.codec.specs(rows, cols).values())
+    turned = [p for p in stored.parts.values() if p.strides is not None and p.strides[1]]
+    tall = turned or any(spec.axis == 1 for spec in specs)
+    elements = max(TILE_ELEMENTS, TALL_ROWS * cols) if tall else TILE_ELEMENTS
+    return iter_tiles(rows, cols, alignment, elements)
 
 
 def _source_offset(weight: PlannedWeight) -> int:
@@ -201,49 +267,93 @@ def _source_offset(weight: PlannedWeight) -> int:
 def _copy_tasks(
     source: Checkpoint, weight: PlannedWeight, planned: PlannedFile, file: OutputFile
 ) -> Iterator[Task]:
-    for part, stored in weight.source.parts.items():
+    """Copy the stored bytes in pieces; of a view that lies scattered, in whole rows."""
+    for part, stored in (*weight.source.parts.items(), *weight.source.activations.items()):
+        target, _ = planned.ranges[weight.stored_name(part)]
         begin, end = stored.location.begin, stored.location.end
-        shift = planned.ranges[weight.stored_name(part)][0] - begin
-        for first in range(begin, end, COPY_BYTES):
-            last = min(first + COPY_BYTES, end)
+        if stored.strides is None:
+            for first in range(begin, end, COPY_BYTES):
+                last = min(first + COPY_BYTES, end)
+                offset = target + first - begin
+                yield partial(_copy_bytes, source, stored.location.file, first, last, file, offset)
+        else:
+            rows = stored.spec.shape[0]
+            row_bytes = stored.spec.nbytes // rows
+            step = max(1, COPY_BYTES // max(row_bytes, 1))
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                offset = target + start * row_bytes
+                yield partial(_copy_rows, source, stored, start, stop, file, offset)
 
-            def copy(name: str = stored.location.file, a: int = first, b: int = last,
-                     shift: int = shift) -> int:  # fmt: skip
-                file.write(a + shift, source.read_bytes(name, a, b))
-                return b - a
 
-            yield copy
+def _copy_bytes(
+    source: Checkpoint, name: str, begin: int, end: int, file: OutputFile, offset: int
+) -> int:
+    file.write(offset, source.read_bytes(name, begin, end))
+    return end - begin
 
 
-def _encode_task(
-    source: Checkpoint,
+def _copy_rows(
+    source: Checkpoint, part: StoredPart, start: int, stop: int, file: OutputFile, offset: int
+) -> int:
+    rows = source.read_rows(part, start, stop)
+    file.write(offset, rows)
+    return rows.nbytes
+
+
+def _convert_tile(
+    convert: Callable[[int, int], Mapping[str, torch.Tensor]],
     weight: PlannedWeight,
     planned: PlannedFile,
     file: OutputFile,
-    device: torch.device,
     start: int,
     stop: int,
-) -> Task:
-    codec, stored = weight.codec, weight.source
-    assert codec is not None
+) -> int:
+    """Convert rows start:stop and write every part where the plan placed it."""
+    stored = weight.source
+    parts = _of_rows(stored, start, stop, lambda: convert(start, stop))
+    for part, spec in weight.specs.items():
+        if spec.rows == 0 and start:
+            continue  # belongs to the whole weight: the first tile wrote it
+        begin, _ = planned.ranges[weight.stored_name(part)]
+        file.write_part(begin, spec, spec.row_range(start, stop)[0], parts[part].cpu())
+    return (stop - start) * stored.nbytes // stored.shape[0]
+
+
+def _encode(
+    source: Checkpoint,
+    weight: PlannedWeight,
+    device: torch.device,
+    summary: torch.Tensor | None,
+    start: int,
+    stop: int,
+) -> Mapping[str, torch.Tensor]:
+    """Decode a tile and encode it in the format to be written."""
+    assert weight.codec is not None
+    rows, cols = weight.source.shape
+    tile = source.decode_rows(weight.source, start, stop, device)
+    return weight.codec.encode(tile, (rows, cols), summary)
+
+
+def _repack(
+    source: Checkpoint, weight: PlannedWeight, start: int, stop: int
+) -> Mapping[str, torch.Tensor]:
+    """Hand a tile's codes over to the format to be written."""
+    stored = weight.source
+    assert weight.codec is not None and stored.codec is not None
     rows, cols = stored.shape
+    codes = stored.codec.unpack(source.read_tile(stored, start, stop), (stop - start, cols))
+    return weight.codec.pack(codes, (rows, cols))
 
-    def encode() -> int:
-        tile = source.decode_rows(stored, start, stop, device)
-        try:
-            parts = codec.encode(tile, (rows, cols))
-        except FormatError as error:
-            raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
-        for part, spec in weight.specs.items():
-            if spec.rows == 0 and start:
-                continue  # belongs to the whole weight: the first tile wrote it
-            begin, end = planned.ranges[weight.stored_name(part)]
-            first, _ = spec.row_range(start, stop)
-            stride = (end - begin) // spec.shape[0]
-            file.write(begin + first * stride, parts[part].cpu())
-        return (stop - start) * stored.nbytes // rows
 
-    return encode
+def _of_rows(stored: StoredWeight, start: int, stop: int, compute: Callable[[], T]) -> T:
+    """Compute; a refusal names the weight and its rows."""
+    try:
+        return compute()
+    except FormatError as error:
+        if str(error).startswith(stored.name):
+            raise
+        raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
 
 
 def _complete(plan: Plan, out: Path, journal: Journal) -> None:

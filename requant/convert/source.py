@@ -8,43 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from requant.convert.header import Location, read_exactly, read_header
+from requant.convert.fused import StoredPart, split_experts
+from requant.convert.header import read_exactly, read_header
 from requant.convert.names import Role, TensorName, kind_of, role_of, setting
 from requant.errors import CheckpointError, FormatError
-from requant.quant import PART_NAMES, PLAIN_NAMES, Codec, TensorSpec, detect_format, format_name
+from requant.quant import (
+    ACTIVATION_PARTS,
+    PART_NAMES,
+    PLAIN_NAMES,
+    Codec,
+    TensorSpec,
+    detect_format,
+    format_name,
+)
 from requant.quant.codec import DTYPE_BITS, TORCH_DTYPES
+from requant.quant.compressed_tensors import narrow
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MODELOPT_NAME = "hf_quant_config.json"
 
 #: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
 _NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """One stored tensor: its full name, dtype, shape and place."""
-
-    name: str
-    spec: TensorSpec
-    location: Location
+#: Largest part whose bytes are looked at when a checkpoint is opened.
+MAX_CONTENT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class StoredWeight:
     """One weight: `codec` reads its parts; None for a tensor that is no matrix (copied as it is).
 
-    `parts` maps what follows the module's name (`weight`, `weight_scale_inv`, ...) to the tensor.
+    `parts` maps what follows the module's name (`weight`, `weight_scale_inv`, ...) to the tensor;
+    `activations` those that tell how the layer's input is quantized.
     """
 
     name: str
@@ -52,11 +58,13 @@ class StoredWeight:
     shape: tuple[int, ...]
     codec: Codec | None
     parts: Mapping[str, StoredPart]
+    activations: Mapping[str, StoredPart] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of all parts."""
-        return sum(part.spec.nbytes for part in self.parts.values())
+        parts = (*self.parts.values(), *self.activations.values())
+        return sum(part.spec.nbytes for part in parts)
 
     @property
     def file(self) -> str:
@@ -118,12 +126,21 @@ class Checkpoint:
                 )
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
-        return cls(path, config, files, _pair_parts(path, tensors, config))
+        checkpoint = cls(path, config, files, {})
+        return replace(checkpoint, weights=checkpoint._pair_parts(split_experts(tensors, config)))
 
-    @property
+    @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
-        """The config's quantization_config, or None for a plain checkpoint."""
-        return _quantization(self.config)
+        """What config.json, or ModelOpt's hf_quant_config.json, says of the weights' formats; None
+        for a plain checkpoint. Multimodal checkpoints may keep it with the language model's."""
+        found = setting(self.config, "quantization_config")
+        if isinstance(found, dict):
+            return found
+        if (self.path / MODELOPT_NAME).is_file():
+            found = _read_json(self.path / MODELOPT_NAME, "").get("quantization")
+            if isinstance(found, dict):
+                return {"quant_method": "modelopt", **found}
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -138,15 +155,52 @@ class Checkpoint:
 
     def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
-        location, spec = part.location, part.spec
-        rows = spec.shape[0] if spec.shape else 1
-        stride = (location.end - location.begin) // rows if rows else 0
-        begin = location.begin + start * stride
-        raw = self.read_bytes(location.file, begin, begin + (stop - start) * stride)
-        dtype = TORCH_DTYPES.get(spec.dtype)
+        shape = part.spec.shape
+        return self._read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
+
+    def read_part(self, part: StoredPart, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
+        """What a tile of rows start:stop of the weight has of a part; `spec` is its codec's."""
+        first, last = spec.row_range(start, stop)
+        if spec.axis == 0:
+            return self.read_rows(part, first, last)
+        return self._read(part, (part.spec.shape[0], last - first), 0, first)
+
+    def _read(
+        self, part: StoredPart, shape: tuple[int, ...], row: int, column: int
+    ) -> torch.Tensor:
+        """A patch of the given shape, in its own dtype: whole rows from `row` on, or, of a matrix,
+        columns from `column` on."""
+        dtype = TORCH_DTYPES.get(part.spec.dtype)
         if dtype is None:
-            raise FormatError(f"{part.name}: torch has no dtype for {spec.dtype}")
-        return raw.view(dtype).reshape((stop - start, *spec.shape[1:]) if spec.shape else ())
+            raise FormatError(f"{part.name}: torch has no dtype for {part.spec.dtype}")
+        stored = part.spec.shape
+        if part.spec.dtype == "F4" and stored:  # two codes a byte, one element of TORCH_DTYPES
+            stored, shape = (*stored[:-1], stored[-1] // 2), (*shape[:-1], shape[-1] // 2)
+        location, itemsize = part.location, dtype.itemsize
+        line = math.prod(shape[1:]) * itemsize  # bytes of a row of the patch
+        step, element = part.strides or (math.prod(stored[1:]) * itemsize, None)
+        rows = shape[0] if shape else 1
+        if element is not None:  # a transposed view: read its columns, each with gaps or without
+            begin = location.begin + row * step + column * element
+            span = (rows - 1) * step + itemsize if rows else 0
+            gaps = [self._span(location.file, begin + c * element, span) for c in range(shape[1])]
+            lines = torch.stack(gaps) if gaps else torch.empty(0, 0, dtype=torch.uint8)
+            picked = lines.as_strided((len(gaps), rows, itemsize), (span, step, 1))
+            return picked.contiguous().view(dtype).reshape(len(gaps), rows).t().contiguous()
+        begin = location.begin + row * step + column * itemsize
+        if line == step or rows == 1 or not rows:
+            return self._span(location.file, begin, rows * line).view(dtype).reshape(shape)
+        if column == 0 and line * 4 >= step:  # rows with small gaps: read over them
+            raw = self._span(location.file, begin, (rows - 1) * step + line)
+            picked = raw.as_strided((rows, line), (step, 1)).contiguous()
+        else:
+            picked = torch.stack(
+                [self._span(location.file, begin + r * step, line) for r in range(rows)]
+            )
+        return picked.view(dtype).reshape(shape)
+
+    def _span(self, file: str, begin: int, count: int) -> torch.Tensor:
+        return self.read_bytes(file, begin, begin + count)
 
     def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a file as uint8."""
@@ -161,7 +215,7 @@ class Checkpoint:
         assert weight.codec is not None
         specs = weight.codec.specs(*weight.shape)
         return {
-            part: self.read_rows(weight.parts[part], *spec.row_range(start, stop))
+            part: self.read_part(weight.parts[part], spec, start, stop)
             for part, spec in specs.items()
         }
 
@@ -185,6 +239,74 @@ class Checkpoint:
         if weight is None:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return self.decode_rows(weight, 0, weight.shape[0] if weight.shape else 1, device)
+
+    def _pair_parts(self, tensors: Mapping[str, StoredPart]) -> dict[str, StoredWeight]:
+        """Group stored tensors into weights and find what each is stored in."""
+        modules: dict[str, dict[str, StoredPart]] = {}
+        for name, tensor in tensors.items():
+            parsed = TensorName.parse(name)
+            parts = modules.setdefault(parsed.weight, {})
+            if parsed.part in parts:
+                raise CheckpointError(
+                    f"{self.path}: {parts[parsed.part].name!r} and {name!r} are one name"
+                )
+            parts[parsed.part] = tensor
+        weights: dict[str, StoredWeight] = {}
+        for name, parts in modules.items():
+            for weight in self._stored_weights(name, parts):
+                weights[weight.name] = weight
+        return weights
+
+    def _stored_weights(self, name: str, parts: dict[str, StoredPart]) -> Iterator[StoredWeight]:
+        """The weight of these parts; several where parts turn out to be tensors of their own."""
+        activations = {p: t for p, t in parts.items() if p in ACTIVATION_PARTS}
+        encoded = {p: t for p, t in parts.items() if p not in ACTIVATION_PARTS}
+        if not _is_encoded(encoded):
+            for part in parts.values():
+                yield self._plain_tensor(part, alone=len(parts) == 1)
+            return
+        module = name.removesuffix(".weight")
+        config = narrow(self.quantization_config or {}, module)
+        try:
+            codec = detect_format({p: t.spec for p, t in encoded.items()}, config)
+            if codec.needs_content:
+                codec = codec.with_content(
+                    {p: self._content(encoded[p]) for p in codec.needs_content}
+                )
+            shape = codec.shape({p: t.spec for p, t in encoded.items()})
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {name}: {error}") from error
+        role = role_of(name, shape, self.config)
+        yield StoredWeight(name, role, shape, codec, encoded, activations)
+
+    def _content(self, part: StoredPart) -> bytes:
+        """All bytes of a small part."""
+        if part.spec.nbytes > MAX_CONTENT_BYTES:
+            raise FormatError(
+                f"{part.name} has {part.spec.nbytes} bytes, at most {MAX_CONTENT_BYTES} make sense"
+            )
+        return bytes(self.read_bytes(part.location.file, part.location.begin, part.location.end))
+
+    def _plain_tensor(self, part: StoredPart, alone: bool) -> StoredWeight:
+        """A tensor that is no matrix. Raises FormatError for what is a piece of a weight."""
+        last = TensorName.parse(part.name).part
+        dtype, shape = part.spec.dtype, part.spec.shape
+        if last in PART_NAMES and last not in ("weight", "scale") or not alone:
+            raise FormatError(
+                f"{self.path}: {part.name} lies alone, the rest of its weight is in no file of "
+                "the checkpoint; download the missing file"
+            )
+        if (
+            DTYPE_BITS[dtype] <= 8
+            and dtype.startswith("F")
+            or (self.quantization_config is not None and dtype in ("U8", "I8") and len(shape) > 1)
+        ):
+            raise FormatError(
+                f"{self.path}: {part.name} is {dtype} {list(shape)}: quantized, but in no "
+                "format that `requant formats` reads; copying it would lose its meaning"
+            )
+        role = role_of(part.name, shape, self.config)
+        return StoredWeight(part.name, role, shape, None, {last: part})
 
     @cached_property
     def _descriptors(self) -> _Descriptors:
@@ -272,66 +394,18 @@ def _weight_files(path: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     raise CheckpointError(f"{path}: holds no .safetensors file{hint}")
 
 
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config; multimodal checkpoints may keep it with the language model's."""
-    found = setting(config, "quantization_config")
-    return found if isinstance(found, dict) else None
-
-
-def _pair_parts(
-    path: Path, tensors: Mapping[str, StoredPart], config: Mapping[str, Any]
-) -> dict[str, StoredWeight]:
-    """Group stored tensors into weights and find what each is stored in."""
-    quantization = _quantization(config)
-    modules: dict[str, dict[str, StoredPart]] = {}
-    for name, tensor in tensors.items():
-        parsed = TensorName.parse(name)
-        parts = modules.setdefault(parsed.weight, {})
-        if parsed.part in parts:
-            raise CheckpointError(f"{path}: {parts[parsed.part].name!r} and {name!r} are one name")
-        parts[parsed.part] = tensor
-    return {
-        name: _stored_weight(path, name, parts, config, quantization)
-        for name, parts in modules.items()
-    }
-
-
-def _stored_weight(
-    path: Path,
-    name: str,
-    parts: dict[str, StoredPart],
-    config: Mapping[str, Any],
-    quantization: Mapping[str, Any] | None,
-) -> StoredWeight:
-    first = next(iter(parts))
-    shape = parts[first].spec.shape
-    lone = len(parts) == 1
-    encoded = not lone or (first == "weight" and len(shape) == 2)
-    if lone and parts[first].spec.dtype in _NEVER_CODES:
-        encoded = False
-    if not encoded or (lone and 0 in shape):
-        if first in PART_NAMES and first != "weight":
-            raise FormatError(
-                f"{path}: {parts[first].name} lies alone, the rest of its weight is in no file of "
-                "the checkpoint; download the missing file"
-            )
-        dtype = parts[first].spec.dtype
-        if (
-            DTYPE_BITS[dtype] <= 8
-            and dtype.startswith("F")
-            or (quantization is not None and dtype in ("U8", "I8") and len(shape) > 1)
-        ):
-            raise FormatError(
-                f"{path}: {parts[first].name} is {dtype} {list(shape)}: quantized, but in no "
-                "format that `requant formats` reads; copying it would lose its meaning"
-            )
-        return StoredWeight(name, role_of(name, shape, config), shape, None, parts)
-    try:
-        codec = detect_format({part: t.spec for part, t in parts.items()}, quantization)
-    except FormatError as error:
-        raise FormatError(f"{path}: {name}: {error}") from error
-    shape = codec.shape({part: stored.spec for part, stored in parts.items()})
-    return StoredWeight(name, role_of(name, shape, config), shape, codec, parts)
+def _is_encoded(parts: Mapping[str, StoredPart]) -> bool:
+    """Whether parts make up a matrix that a format may read: several, or one that is 2-D."""
+    if len(parts) != 1:
+        return bool(parts)
+    (part,) = parts
+    spec = parts[part].spec
+    return (
+        part == "weight"
+        and len(spec.shape) == 2
+        and spec.dtype not in _NEVER_CODES
+        and (0 not in spec.shape)
+    )
 
 
 def iter_tiles(rows: int, cols: int, alignment: int, elements: int) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,7 @@ import torch
 
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME
 from requant.errors import CheckpointError
+from requant.quant.codec import TensorSpec
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -51,6 +52,19 @@ class OutputFile:
             while view:
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
+
+    def write_part(self, begin: int, spec: TensorSpec, first: int, piece: torch.Tensor) -> None:
+        """Write what a tile has of a part that lies at `begin`: from `first` on along its axis."""
+        if spec.axis == 0:
+            rows = spec.shape[0] if spec.shape else 1
+            self.write(begin + first * (spec.nbytes // rows), piece)
+            return
+        raw = piece.contiguous().view(-1).view(torch.uint8).view(len(piece), -1)
+        stride = spec.nbytes // spec.shape[0]
+        offset = begin + first * piece.element_size()
+        for row in raw:
+            self.write(offset, row)
+            offset += stride
 
     def commit(self) -> None:
         """Make the file durable and give it its name."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from requant.convert.fused import StoredPart
 from requant.convert.source import Checkpoint, StoredWeight, iter_tiles
 
 #: Elements of each side decoded at a time: 8 MiB in float32.
@@ -90,14 +91,20 @@ def same_bytes(
     pairs = [(part, theirs.parts[key]) for key, part in ours.parts.items()]
     if any((a.spec.dtype, a.spec.shape) != (b.spec.dtype, b.spec.shape) for a, b in pairs):
         return False
-    for a, b in pairs:
-        for offset in range(0, a.spec.nbytes, CHUNK_BYTES):
-            stop = min(offset + CHUNK_BYTES, a.spec.nbytes)
-            ranges = [(p.location.begin + offset, p.location.begin + stop) for p in (a, b)]
-            left = source.read_bytes(a.location.file, *ranges[0])
-            if not torch.equal(left, output.read_bytes(b.location.file, *ranges[1])):
-                return False
-    return True
+    return all(
+        torch.equal(left, right)
+        for a, b in pairs
+        for left, right in zip(_chunks(source, a), _chunks(output, b), strict=True)
+    )
+
+
+def _chunks(checkpoint: Checkpoint, part: StoredPart) -> Iterator[torch.Tensor]:
+    """A part's bytes in pieces of whole rows, of about CHUNK_BYTES."""
+    rows = part.spec.shape[0] if part.spec.shape else 1
+    step = max(1, CHUNK_BYTES * rows // max(part.spec.nbytes, 1))
+    for start in range(0, rows, step):
+        piece = checkpoint.read_rows(part, start, min(start + step, rows))
+        yield piece.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _pairs(

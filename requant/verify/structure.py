@@ -100,11 +100,10 @@ def _quantization_problems(output: Checkpoint) -> Iterator[str]:
     }
     declared = (output.quantization_config or {}).get("quant_method")
     for codec, name in quantized.items():
-        expected = (codec.config([]) or {}).get("quant_method")
-        if declared != expected:
+        if declared != codec.quant_method:
             yield (
                 f"config.json: quant_method is {declared!r}, but {name} is {format_name(codec)}, "
-                f"which loaders know as {expected!r}"
+                f"which loaders know as {codec.quant_method!r}"
             )
     if declared is not None and not quantized:
         yield f"config.json: quant_method is {declared!r}, but every weight is in plain floats"

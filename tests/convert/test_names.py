@@ -45,7 +45,7 @@ ROLES = [
     ("model.layers.0.feed_forward.w2.weight", MATRIX, "dense_mlp"),
     ("model.layers.3.mlp.shared_experts.up_proj.weight", MATRIX, "shared_expert"),
     ("model.layers.3.mlp.shared_expert.up_proj.weight", MATRIX, "shared_expert"),
-    ("model.layers.3.mlp.shared_expert_gate.weight", (1, 128), "other"),
+    ("model.layers.3.mlp.shared_expert_gate.weight", (1, 128), "router"),
     ("model.layers.3.mlp.experts.7.gate_proj.weight", MATRIX, "routed_expert"),
     ("model.layers.3.block_sparse_moe.experts.3.w1.weight", MATRIX, "routed_expert"),
     # Fused experts are three-dimensional, and no format's.

@@ -32,7 +32,7 @@ def test_every_format_has_a_preset_and_every_preset_parses() -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.description and set(recipe.roles) == RECIPE_ROLES
-        assert recipe == parse_recipe(name, recipe_text(name))
+        assert recipe == parse_recipe(name, recipe_text(name), preset=True)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)

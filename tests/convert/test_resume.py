@@ -63,11 +63,12 @@ def test_killed_at_any_step(
 SLOW = r"""
 import sys, time
 from requant.convert import run
-encode = run._encode_task
+convert = run._convert_tile
 def slowly(*args):
-    task = encode(*args)
-    return lambda: (sys.stderr.write("busy\n"), time.sleep(0.03), task())[-1]
-run._encode_task, run.TILE_ELEMENTS = slowly, 1 << 14
+    sys.stderr.write("busy\n")
+    time.sleep(0.03)
+    return convert(*args)
+run._convert_tile, run.TILE_ELEMENTS = slowly, 1 << 14
 from requant.cli import main
 main()
 """

@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         edit_file(FILES[0], lambda t: t.update(
             {"experts.gate_up_proj": torch.zeros(2, 4, 4).to(torch.float8_e4m3fn)}
         )),
-        r"experts\.gate_up_proj is F8_E4M3 \[2, 4, 4\]: quantized, but in no format",
+        r"experts\.0\.gate_proj\.weight: weight is F8_E4M3 and has no weight_scale_inv",
     ),
     "packed experts of another format": (
         edit_file(FILES[0], lambda t: t.update(

@@ -1,0 +1,133 @@
+"""Fused expert tensors, taken apart: one stored tensor of all experts becomes views of each.
+
+| stored as | gate_up_proj | down_proj | gate and up |
+|---|---|---|---|
+| transformers 5, fused save | [E, 2I, H] | [E, H, I] | gate's rows, then up's |
+| Llama-4 | [E, H, 2I] (in, out) | [E, I, H] | gate's columns, then up's |
+| gpt-oss, plain | [E, H, 2I] (in, out) | [E, I, H] | alternating columns |
+| gpt-oss, MXFP4 `_blocks`, `_scales` | [E, 2I, H/32, 16] | [E, H, I/32, 16] | alternating rows |
+
+Sources: transformers 5.23.0, models/gpt_oss, models/llama4, integrations/mxfp4.py and
+conversion_mapping.py. A view is an offset and strides: nothing is read before its rows are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from requant.convert.header import Location
+from requant.convert.names import setting
+from requant.errors import CheckpointError
+from requant.quant.codec import DTYPE_BITS, TensorSpec
+
+_FUSED = re.compile(
+    r"(?P<experts>.*\bexperts)\.(?P<leaf>gate_up_proj|down_proj)"
+    r"(?:\.weight)?(?P<part>|_blocks|_scales|_bias|_scale_inv)"
+)
+#: What follows the leaf in a fused name -> the part's name in a per-expert one.
+_PARTS = {
+    "": "weight",
+    "_blocks": "weight_blocks",
+    "_scales": "weight_scales",
+    "_scale_inv": "weight_scale_inv",
+    "_bias": "bias",
+}
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One stored tensor: its full name, dtype, shape and place.
+
+    `strides` is None for a tensor that lies in one piece. Of a view of a fused tensor it holds the
+    bytes from one row to the next and, where rows do not lie in one piece either, from one element
+    of a row to the next (else None).
+    """
+
+    name: str
+    spec: TensorSpec
+    location: Location
+    strides: tuple[int, int | None] | None = None
+
+
+def split_experts(
+    tensors: Mapping[str, StoredPart], config: Mapping[str, Any]
+) -> dict[str, StoredPart]:
+    """Replace every fused tensor by one view per expert and projection, under per-expert names."""
+    split: dict[str, StoredPart] = {}
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        dims = len(tensor.spec.shape)
+        if match is None or dims != {"_bias": 2, "_blocks": 4}.get(match["part"], 3):
+            split[name] = tensor
+            continue
+        for view in _views(tensor, match["experts"], match["leaf"], match["part"], config):
+            if view.name in split or view.name in tensors:
+                raise CheckpointError(f"{name}: holds {view.name}, which is also stored by itself")
+            split[view.name] = view
+    return split
+
+
+def _views(
+    tensor: StoredPart, experts: str, leaf: str, part: str, config: Mapping[str, Any]
+) -> Iterator[StoredPart]:
+    count, *shape = tensor.spec.shape
+    itemsize = DTYPE_BITS[tensor.spec.dtype] // 8
+    nbytes = math.prod(shape) * itemsize
+    whole = TensorSpec(tensor.spec.dtype, tuple(shape))
+    transposed = part == "" and _is_transposed(leaf, shape, config)
+    interleaved = part in ("_blocks", "_scales") or setting(config, "model_type") == "gpt_oss"
+    for expert in range(count):
+        begin = tensor.location.begin + expert * nbytes
+        location = replace(tensor.location, begin=begin, end=begin + nbytes)
+        one = replace(tensor, name="", spec=whole, location=location)
+        if transposed:
+            one = _transpose(one, itemsize)
+        halves = [("down_proj", one)]
+        if leaf == "gate_up_proj":
+            gate, up = _halves(one, interleaved, tensor.name)
+            halves = [("gate_proj", gate), ("up_proj", up)]
+        for projection, view in halves:
+            yield replace(view, name=f"{experts}.{expert}.{projection}.{_PARTS[part]}")
+
+
+def _is_transposed(leaf: str, shape: list[int], config: Mapping[str, Any]) -> bool:
+    """Whether a plain expert is stored [in, out]: by family, else by where hidden_size stands."""
+    if setting(config, "model_type") in ("gpt_oss", "llama4", "llama4_text"):
+        return True
+    hidden = setting(config, "hidden_size")
+    stored_in_out = shape[0] == hidden if leaf == "gate_up_proj" else shape[1] == hidden
+    stored_out_in = shape[1] == hidden if leaf == "gate_up_proj" else shape[0] == hidden
+    return stored_in_out and not stored_out_in
+
+
+def _transpose(one: StoredPart, itemsize: int) -> StoredPart:
+    """[in, out] seen as [out, in]."""
+    rows, cols = one.spec.shape
+    spec = replace(one.spec, shape=(cols, rows))
+    return replace(one, spec=spec, strides=(itemsize, cols * itemsize))
+
+
+def _halves(one: StoredPart, interleaved: bool, name: str) -> tuple[StoredPart, StoredPart]:
+    """Gate and up of a joint tensor: every other row, or the first and the second half."""
+    rows, *rest = one.spec.shape
+    if rows % 2:
+        raise CheckpointError(f"{name}: {rows} rows do not halve into gate and up")
+    itemsize = DTYPE_BITS[one.spec.dtype] // 8
+    step, element = one.strides or (math.prod(rest) * itemsize, None)
+    spec = replace(one.spec, shape=(rows // 2, *rest))
+    shift = step if interleaved else rows // 2 * step
+    stride = 2 * step if interleaved else step
+    strides = None if one.strides is None and not interleaved else (stride, element)
+
+    def half(offset: int) -> StoredPart:
+        begin = one.location.begin + offset
+        end = begin + spec.nbytes if strides is None else one.location.end
+        return replace(
+            one, spec=spec, location=Location(one.location.file, begin, end), strides=strides
+        )
+
+    return half(0), half(shift)

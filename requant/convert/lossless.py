@@ -1,0 +1,86 @@
+"""Whether a conversion keeps every value, found out before it starts.
+
+Codes of the same alphabet can be handed from one format to another without arithmetic, where the
+target can hold the scales. Mostly the two formats alone decide; where the scales themselves do
+(a BF16 scale beyond FP16, FP4 scales too far apart for one FP8 block, act-order), they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from requant.convert.source import Checkpoint, StoredWeight
+from requant.errors import FormatError
+from requant.quant import Codec, TensorSpec
+from requant.quant.codec import TORCH_DTYPES
+from requant.quant.plain import Plain
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`lossless`: no value changes. `repack`: by handing over codes. `reason`: why a target that
+    takes such codes cannot take these."""
+
+    lossless: bool
+    repack: bool = False
+    reason: str | None = None
+
+
+def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kept:
+    """How faithful it is to write `weight` in `target`; reads its scales where they decide."""
+    stored = weight.codec
+    assert stored is not None
+    if stored.alphabet is None or stored.alphabet not in target.packs:
+        return Kept(False)
+    rows, cols = weight.shape
+    repack = not isinstance(target, Plain)
+    if _always(stored, target, (rows, cols)):
+        return Kept(True, repack)
+    if not repack and getattr(stored, "scale", "e8m0") not in ("ue8m0", "e8m0"):
+        return Kept(False)  # scales of many digits: the products are rounded
+    specs = stored.specs(rows, cols)
+    scales = {
+        part: source.read_part(weight.parts[part], specs[part], 0, rows)
+        for part in _without_codes(specs)
+    }
+    try:
+        target.pack(stored.unpack(scales, (rows, cols)), (rows, cols))
+    except FormatError as error:
+        return Kept(False, reason=str(error) if repack else None)
+    return Kept(True, repack)
+
+
+@lru_cache(maxsize=1024)
+def _always(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
+    """Whether `target` takes codes of `stored` whatever the scales are: tried with wild ones."""
+    specs = stored.specs(*shape)
+    generator = torch.Generator().manual_seed(0)
+    wild = {p: _wild(spec, shape, generator) for p, spec in _without_codes(specs).items()}
+    try:
+        target.pack(stored.unpack(wild, shape), shape)
+    except FormatError:
+        return False
+    return True
+
+
+def _without_codes(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """All parts but the one with the codes: the largest of those that have rows of the weight."""
+    codes = max(specs, key=lambda part: specs[part].nbytes if specs[part].rows else 0)
+    return {part: spec for part, spec in specs.items() if part != codes}
+
+
+def _wild(spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Any finite positive value of the dtype; the true shape where a part tells it."""
+    if spec.dtype == "I64":
+        return torch.tensor(shape)
+    dtype = TORCH_DTYPES[spec.dtype]
+    count = max(TensorSpec("U8", spec.shape).nbytes, 1)
+    limits = {1: 0x7F if spec.dtype != "F8_E8M0" else 0xFF, 2: 0x7C00, 4: 0x7F800000}
+    limit = 0xFF if spec.dtype == "U8" else limits[dtype.itemsize]
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    bits = torch.randint(1, limit, (count,), generator=generator).to(width)
+    return bits.view(dtype).reshape(spec.shape)
