@@ -62,15 +62,17 @@ def _reasons(refused: Sequence[Mapping[str, str]]) -> list[Text]:
     return lines
 
 
-def formats_table(formats: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a format; every one is read and written."""
-    table = Table("format", "bits per weight", "options", "what it is", "loaded by", "checked with")
+def formats_table(formats: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One row a format, with bits per weight; every one is read and written. Then the options."""
+    table = Table("format", "bits", "what it is", "loaded by", "checked with")
+    options = Table("format", "options and their defaults, e.g. int4[group_size=32]")
     for row in formats:
-        options = " ".join(f"{k}={_text(v)}" for k, v in row["options"].items())
-        bits = f"{row['bits_per_weight']:.3f}"
         about = row["summary"], row["loaded_by"], row["checked_against"]
-        table.add_row(row["name"], bits, options, *about)
-    return table
+        table.add_row(row["name"], f"{row['bits_per_weight']:.3f}", *about)
+        if row["options"]:
+            given = ", ".join(f"{k}={_text(v)}" for k, v in row["options"].items())
+            options.add_row(row["name"], given)
+    return Group(table, options)
 
 
 def _text(value: Any) -> str:
