@@ -29,6 +29,8 @@ from requant.quant.plain import Plain
 
 #: The container of DeepSeek-V4's own names, where FP4 and FP8 stand side by side.
 _V4 = "deepseek-v4"
+#: Keys under which the configs of other containers name what is in plain floats.
+_LISTS = frozenset("modules_to_not_convert ignored_layers ignore exclude_modules dynamic".split())
 
 
 def choose_codecs(source: Checkpoint, recipe: Recipe) -> dict[str, Codec | None]:
@@ -61,18 +63,24 @@ def quantization_config(
     """The config of what is written, weight by weight; None when all of it is plain."""
     written = {name: chosen[name] or w.codec for name, w in source.weights.items()}
     modules: dict[Codec, list[str]] = {}
+    linear: dict[Codec, None] = {}
     kept = {"lm_head"}
     for name, codec in written.items():
         module = TensorName.parse(name).module
         if codec is not None and not isinstance(codec, Plain):
             modules.setdefault(codec, []).append(name)
+            if source.weights[name].kind in LINEAR_ROLES:
+                linear[codec] = None
         elif codec and source.weights[name].kind not in ("embedding", "norm", "bias"):
             kept.add(module)
     if not modules:
         return None
-    first = _leader(modules)
+    first = _leader(linear or modules)
+    stored = source.quantization_config or {}
     if first.quant_method != QUANT_METHOD:
-        return first.config(sorted(kept, key=natural_key))
+        config = first.config(sorted(kept, key=natural_key))
+        copied = not any(chosen[name] for names in modules.values() for name in names)
+        return _in_words_of(stored, config or {}) if copied else config
     groups: dict[str, list[str]] = {}
     for codec, names in modules.items():
         for name in names:
@@ -82,9 +90,13 @@ def quantization_config(
     every = [TensorName.parse(name).module for name in source.weights]
     ignored = module_patterns(kept, every)
     if len(groups) == 1:
-        return one_scheme_config(json.loads(next(iter(groups))), ignored)
-    targeted = [(module_patterns(m, every), json.loads(scheme)) for scheme, m in groups.items()]
-    return groups_config(targeted, ignored)
+        config = one_scheme_config(json.loads(next(iter(groups))), ignored)
+    else:
+        targeted = [(module_patterns(m, every), json.loads(scheme)) for scheme, m in groups.items()]
+        config = groups_config(targeted, ignored)
+    if stored.get("quant_method") == QUANT_METHOD:  # its scales, such as k_scale, are copied
+        config["kv_cache_scheme"] = stored.get("kv_cache_scheme")
+    return config
 
 
 def expert_dtype(
@@ -96,6 +108,15 @@ def expert_dtype(
         if method == "fp8" and codec is not None and weight.kind == "routed_expert":
             return {"mxfp4": "fp4", "fp8-block": "fp8"}.get(codec.name)
     return None
+
+
+def _in_words_of(stored: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The config of weights that are all copied: as the source says it, how activations are
+    quantized for example, with what stays in plain floats now."""
+    if stored.get("quant_method") != config.get("quant_method"):
+        return config
+    told = {k: v for k, v in stored.items() if k not in _LISTS and k != "expert_dtype"}
+    return {**told, **{k: v for k, v in config.items() if k in _LISTS}}
 
 
 def _scheme(source: Checkpoint, name: str, chosen: Codec | None, codec: Codec) -> str:
@@ -145,11 +166,15 @@ def _choose(
     codec = target or weight.codec
     if codec is None or isinstance(codec, Plain):
         return target
+    fp8 = {other.quant_method for other in together} == {"fp8"} == {codec.quant_method}
+    if fp8 and weight.kind == "embedding":
+        return None  # DeepSeek-V4.1's engram tables, which no config names
     if codec not in together:
         # Moved with the others; or a layer of no linear role (DeepSeek-V3.2's indexer), which
         # stays quantized only in a format that the linear layers have as well.
         moved = _in_compressed_tensors(codec)
-        codec = moved if moved in together and moved is not None else plain_codec(config)
+        alike = (other for other in together if _differs_in_container(codec, other))
+        codec = moved if moved and moved in together else next(alike, plain_codec(config))
     return None if codec == weight.codec else codec
 
 
@@ -173,11 +198,25 @@ def _in_compressed_tensors(codec: Codec) -> Codec | None:
         return codec
     if not hasattr(codec, "container"):
         return None
+    exact = {"scale": "fp32"} if getattr(codec, "scale", None) in ("ue8m0", "e8m0") else {}
     try:
-        moved: Codec = dataclasses.replace(codec, container=QUANT_METHOD)  # type: ignore[type-var]
+        moved: Codec = dataclasses.replace(codec, container=QUANT_METHOD, **exact)  # type: ignore[type-var]
     except FormatError:
         return None
     return moved if moved.quant_method == QUANT_METHOD else None
+
+
+def _differs_in_container(codec: Codec, other: Codec) -> bool:
+    """Whether two codecs are one format but for the container and the dtype of the scales."""
+    first, second = (
+        {
+            field.name: getattr(c, field.name)
+            for field in dataclasses.fields(c)  # type: ignore[arg-type]
+            if field.compare and field.name not in ("container", "scale")
+        }
+        for c in (codec, other)
+    )
+    return codec.name == other.name and first == second
 
 
 def _require_equal_sets(

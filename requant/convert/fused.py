@@ -64,11 +64,27 @@ def split_experts(
         if match is None or dims != {"_bias": 2, "_blocks": 4}.get(match["part"], 3):
             split[name] = tensor
             continue
+        if match["part"] == "_scale_inv" and match["leaf"] == "gate_up_proj":
+            _require_whole_blocks(name, tensors, config)
         for view in _views(tensor, match["experts"], match["leaf"], match["part"], config):
             if view.name in split or view.name in tensors:
                 raise CheckpointError(f"{name}: holds {view.name}, which is also stored by itself")
             split[view.name] = view
     return split
+
+
+def _require_whole_blocks(
+    name: str, tensors: Mapping[str, StoredPart], config: Mapping[str, Any]
+) -> None:
+    """Raise CheckpointError when a block of scales reaches over the end of gate into up."""
+    weight = tensors.get(name.removesuffix("_scale_inv"))
+    block = (setting(config, "quantization_config") or {}).get("weight_block_size") or [128, 128]
+    rows = weight.spec.shape[1] // 2 if weight is not None else 0
+    if rows % block[0]:
+        raise CheckpointError(
+            f"{name}: has scales for blocks of {block[0]} rows, which do not divide the {rows} "
+            "rows of gate and of up, so one block has both"
+        )
 
 
 def _views(

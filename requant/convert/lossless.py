@@ -7,6 +7,7 @@ target can hold the scales. Mostly the two formats alone decide; where the scale
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,10 @@ from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
 from requant.quant.plain import Plain
+
+
+#: Of fewer scales, random ones say too little: they are read instead, which costs nothing.
+_FEW_SCALES = 4096
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kep
 def _always(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
     """Whether `target` takes codes of `stored` whatever the scales are: tried with wild ones."""
     specs = stored.specs(*shape)
+    if max(math.prod(spec.shape) for spec in _without_codes(specs).values()) < _FEW_SCALES:
+        return False
     generator = torch.Generator().manual_seed(0)
     wild = {p: _wild(spec, shape, generator) for p, spec in _without_codes(specs).items()}
     try:

@@ -146,8 +146,7 @@ def _write_files(
 ) -> None:
     """Write every file that is not finished, one after the other, with all workers on each."""
     threads = torch.get_num_threads()
-    if runtime.workers > 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a sum over several threads depends on their number
     try:
         with ThreadPoolExecutor(runtime.workers) as pool:
             summaries = Summaries(plan.source, runtime.device, pool)

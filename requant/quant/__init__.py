@@ -11,8 +11,17 @@ from typing import Any
 from requant.errors import FormatError
 from requant.quant.codec import Codec, TensorSpec, Tolerance, bits_per_weight
 from requant.quant.fp8_block import Fp8Block
+from requant.quant.fp8_channel import Fp8Channel
+from requant.quant.fp8_tensor import Fp8Tensor
 from requant.quant.int4 import Int4
+from requant.quant.int4_awq import Int4Awq
+from requant.quant.int4_gptq import Int4Gptq
+from requant.quant.int8_block import Int8Block
 from requant.quant.int8_channel import Int8Channel
+from requant.quant.mxfp4 import Mxfp4
+from requant.quant.mxfp8 import Mxfp8
+from requant.quant.nf4 import BitsAndBytes
+from requant.quant.nvfp4 import Nvfp4
 from requant.quant.plain import Plain
 
 CODECS: tuple[Codec, ...] = (
@@ -20,8 +29,18 @@ CODECS: tuple[Codec, ...] = (
     Plain("fp16", "F16", Tolerance(max_kl=0.01, min_sqnr_db=45.0)),
     Plain("fp32", "F32", Tolerance(max_kl=1e-5, min_sqnr_db=120.0)),
     Fp8Block(),
+    Fp8Channel(),
+    Fp8Tensor(),
+    Mxfp8(),
     Int8Channel(),
+    Int8Block(),
     Int4(),
+    Mxfp4(),
+    Nvfp4(),
+    Int4Awq(),
+    Int4Gptq(),
+    BitsAndBytes("nf4", Tolerance(max_kl=0.1, min_sqnr_db=10.0)),
+    BitsAndBytes("bnb-fp4", Tolerance(max_kl=0.1, min_sqnr_db=10.0)),
 )
 
 __all__ = [
@@ -48,6 +67,7 @@ PART_NAMES: frozenset[str] = frozenset(
     {part for codec in CODECS for part in codec.specs(128, 128)}
     | {"weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_packed"}
     | {"weight_shape", "weight_global_scale", "weight_scale_2", "scale", "qscale_weight"}
+    | {"weight_blocks", "weight_scales"}
     | {"qweight", "qzeros", "scales", "g_idx"}
     | {f"weight.{name}" for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
     | {f"weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4")}

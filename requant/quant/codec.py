@@ -120,6 +120,15 @@ class Codes:
     zero: torch.Tensor | None = None
     divisor: torch.Tensor | None = None
 
+    def tile_shape(self, whole: tuple[int, int]) -> tuple[int, int]:
+        """The shape of the tile, of a weight of shape `whole`; where there are only scales, as many
+        rows as they cover."""
+        if self.codes is not None:
+            return self.codes.shape[0], whole[1]
+        rows = self.block[0]
+        covered = self.scale.shape[0] * rows if rows > 0 else whole[0]
+        return min(covered, whole[0]), whole[1]
+
 
 class Codec(ABC):
     """A weight format: how a float matrix `[rows, cols]` becomes named stored parts and back.
@@ -142,6 +151,10 @@ class Codec(ABC):
     #: The kind of codes, for formats that can hand theirs over; the kinds that `pack` takes.
     alphabet: Alphabet | None = None
     packs: frozenset[Alphabet] = frozenset()
+    #: Whether `encode` refuses: a variant that is only read.
+    read_only: bool = False
+    #: Whether the container holds fused experts only; taken apart, they move to another one.
+    fused_only: bool = False
     #: Small parts whose bytes tell what headers do not; see `with_content`.
     needs_content: tuple[str, ...] = ()
     #: Whether `encode` needs a `summary` of the whole weight first.

@@ -105,6 +105,15 @@ def narrow(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     return {**config, "config_groups": {best[1]: groups[best[1]]}}
 
 
+def stored_scheme(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The only scheme of a config, with its container; None when there is no such thing."""
+    if not stored_weights(config):
+        return None
+    (group,) = config["config_groups"].values()
+    scheme = {key: value for key, value in group.items() if key != "targets"}
+    return {**scheme, "format": group.get("format") or config.get("format")}
+
+
 def stored_weights(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The `weights` of a config's only group; empty when there is no such thing."""
     groups = (config or {}).get("config_groups")

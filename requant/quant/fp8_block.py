@@ -1,12 +1,16 @@
-"""DeepSeek FP8: E4M3 codes and one float32 multiplier per block of the weight.
+"""FP8 in blocks: E4M3 codes and one multiplier per block of the weight, in three containers.
 
-Source: deepseek-ai/DeepSeek-V3 @ 9b4e978, README_WEIGHTS.md and inference/kernel.py.
-`weight` F8_E4M3 [rows, cols]; `weight_scale_inv` F32 [ceil(rows/128), ceil(cols/128)].
-Despite its name the scale multiplies. Edge blocks may be partial (576 rows are 4.5 blocks).
+Sources: deepseek-ai/DeepSeek-V3 @ 9b4e978, README_WEIGHTS.md and inference/kernel.py;
+DeepSeek-V3.2-Exp @ 3b99a53 (power-of-two scales); transformers 5.23.0,
+integrations/finegrained_fp8.py (scales in E8M0); compressed-tensors 0.20.0, preset FP8_BLOCK.
+`weight` F8_E4M3 [rows, cols] and `weight_scale_inv` (DeepSeek-V4: `scale`; compressed-tensors:
+`weight_scale`) [ceil(rows/128), ceil(cols/128)]. Whatever its name, the scale multiplies. Edge
+blocks may be partial (576 rows are 4.5 blocks).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +18,50 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import Codec, TensorSpec, Tolerance, check_specs, require_finite
+from requant.quant.blocks import block_strips, reduce_columns
+from requant.quant.codec import (
+    Alphabet,
+    Codec,
+    Codes,
+    TensorSpec,
+    Tolerance,
+    check_specs,
+    refine_grid,
+    require_choice,
+    require_finite,
+)
+from requant.quant.compressed_tensors import (
+    QUANT_METHOD,
+    dynamic_activations,
+    scheme,
+    stored_weights,
+)
+from requant.quant.e4m3 import (
+    E4M3_MAX,
+    E8M0,
+    PLAIN_SCALES,
+    SCALE_DTYPES,
+    exact_scale,
+    exponents,
+    is_e4m3,
+    plain_scale,
+    powers_of_two,
+    scale_to_float32,
+    upcast_e2m1,
+)
 from requant.quant.packing import e4m3_to_float32
 
-E4M3_MAX = 448.0
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
 #: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
 MAX_BLOCK_SIDE = 1 << 16
+
+#: Container -> the part that holds the scales, and the scales it knows.
+_CONTAINERS = {
+    "deepseek": ("weight_scale_inv", ("fp32", "ue8m0", "e8m0")),
+    "deepseek-v4": ("scale", ("fp32", "ue8m0", "e8m0")),
+    QUANT_METHOD: ("weight_scale", ("fp32", "bf16", "fp16")),
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +70,16 @@ class Fp8Block(Codec):
 
     block_rows: int = 128
     block_cols: int = 128
+    scale: str = "fp32"
+    container: str = "deepseek"
 
     name = "fp8-block"
     summary = "DeepSeek FP8 E4M3 in 128x128 blocks, weight_scale_inv"
     loaded_by = "DeepSeek, vLLM, SGLang, transformers"
     checked_against = "compressed-tensors, transformers"
-    quant_method = "fp8"
     tolerance = Tolerance(max_kl=0.03, min_sqnr_db=25.0)
+    alphabet = "e4m3"
+    packs = frozenset[Alphabet](("e4m3", "e2m1"))
 
     def __post_init__(self) -> None:
         if self.block_rows < 1 or self.block_cols < 1:
@@ -44,6 +87,26 @@ class Fp8Block(Codec):
                 f"block_rows={self.block_rows}, block_cols={self.block_cols}: "
                 "a block has at least one row and one column; DeepSeek's have 128 and 128"
             )
+        require_choice("container", self.container, tuple(_CONTAINERS))
+        require_choice("scale", self.scale, tuple(SCALE_DTYPES))
+        scales = _CONTAINERS[self.container][1]
+        if self.scale not in scales:
+            raise FormatError(
+                f"scale={self.scale}: container={self.container} has {', '.join(scales)}"
+            )
+
+    @property
+    def quant_method(self) -> str:  # type: ignore[override]
+        """What `quantization_config` calls the container."""
+        return QUANT_METHOD if self.container == QUANT_METHOD else "fp8"
+
+    @property
+    def _scale_part(self) -> str:
+        return _CONTAINERS[self.container][0]
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        return self.block_rows, self.block_cols
 
     def row_alignment(self, cols: int) -> int:
         """Tiles start on a block boundary."""
@@ -54,7 +117,7 @@ class Fp8Block(Codec):
         grid = (-(-rows // self.block_rows), -(-cols // self.block_cols))
         return {
             "weight": TensorSpec("F8_E4M3", (rows, cols)),
-            "weight_scale_inv": TensorSpec("F32", grid, rows=self.block_rows),
+            self._scale_part: TensorSpec(SCALE_DTYPES[self.scale], grid, rows=self.block_rows),
         }
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -65,94 +128,155 @@ class Fp8Block(Codec):
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Quantize to nearest even with amax / 448 per block.
+        """Quantize to nearest even with amax / 448 per block, or a power of two above it.
 
-        A tile that was decoded from FP8 gets back the scale it had, bit for bit.
+        With float32 scales, a tile that was decoded from FP8 gets back the scale it had, bit for
+        bit.
         """
-        rows, cols = tile.shape
         # [grid_rows, cols]; a partial block row just has fewer rows to look at.
         peaks = torch.stack([strip.abs().amax(0) for strip in tile.split(self.block_rows)])
-        amax = self._block_reduce(peaks, 0.0)
+        amax = reduce_columns(peaks, self.block_cols)
         require_finite(amax)
-        scale = amax.clamp_min(AMAX_FLOOR) / E4M3_MAX
+        stored = self._scale(amax)
+        scale = scale_to_float32(stored)
         codes = self._codes(tile, scale)
         # Only values with low bits set can come from an FP8 code times a float32 scale whose
         # product was rounded; BF16 sources skip the second look. Column peaks, not block ones:
         # the amax of a lone block may have no low bits by chance.
-        if bool((peaks.view(torch.int32) & 0xFFFF).any()):
+        if self.scale == "fp32" and bool((peaks.view(torch.int32) & 0xFFFF).any()):
             original = self._original_scale(tile, codes, scale)
             if not torch.equal(original, scale):
-                scale, codes = original, self._codes(tile, original)
-        return {"weight": codes, "weight_scale_inv": scale}
+                stored, codes = original, self._codes(tile, original)
+        return {"weight": codes, self._scale_part: stored}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32."""
         tile = e4m3_to_float32(parts["weight"])
-        for strip, row_scale in self._strips(tile, parts["weight_scale_inv"].to(torch.float32)):
+        scale = scale_to_float32(parts[self._scale_part])
+        for strip, row_scale in block_strips(tile, scale, *self._block):
             strip.mul_(row_scale)
         return tile
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
+        """The parts as they are."""
+        return Codes("e4m3", parts.get("weight"), parts[self._scale_part], self._block)
+
+    def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """FP8 codes whose grid this one refines; FP4 codes with E8M0 scales, raised to FP8."""
+        if codes.alphabet not in self.packs:
+            return super().pack(codes, shape)
+        tile = codes.tile_shape(shape)
+        if codes.alphabet == "e2m1":
+            codes = upcast_e2m1(codes, self._block, tile)
+        scale = refine_grid(codes, self._block, tile, self.name)
+        parts = {self._scale_part: exact_scale(scale, self.scale, self.name)}
+        return parts if codes.codes is None else {"weight": codes.codes, **parts}
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
     ) -> Fp8Block | None:
-        """FP8 `weight` beside a 2-D float32 `weight_scale_inv`; the block comes from the config."""
-        if set(parts) != {"weight", "weight_scale_inv"}:
+        """FP8 `weight` beside a 2-D grid of scales; the block comes from the config, or is 128.
+
+        `weight_scale` may also be one scale a row: the config's strategy tells, else the shape.
+        """
+        if not is_e4m3(parts.get("weight")) or len(parts) != 2:
             return None
-        weight, scale = parts["weight"], parts["weight_scale_inv"]
-        if weight.dtype != "F8_E4M3" or scale.dtype != "F32":
+        container = next((c for c, (part, _) in _CONTAINERS.items() if part in parts), None)
+        if container is None:
             return None
-        if len(weight.shape) != 2 or len(scale.shape) != 2:
+        part, scales = _CONTAINERS[container]
+        stored = parts[part]
+        scale = "e8m0" if stored.dtype == "F8_E8M0" else PLAIN_SCALES.get(stored.dtype)
+        if scale not in scales or len(stored.shape) != 2:
             return None
-        block = (config or {}).get("weight_block_size") or [self.block_rows, self.block_cols]
+        rows, cols = parts["weight"].shape
+        config = config or {}
+        if container == QUANT_METHOD:
+            strategy = stored_weights(config).get("strategy")
+            by_row = strategy is None and stored.shape == (rows, 1)
+            if by_row or strategy not in (None, "block"):
+                return None
+            where, block = "block_structure", stored_weights(config).get("block_structure")
+        else:
+            where, block = "weight_block_size", config.get("weight_block_size")
+            if scale == "fp32" and config.get("scale_fmt") == "ue8m0":
+                scale = "ue8m0"
+        block = block or [128, 128]
         if not (
             isinstance(block, list)
             and len(block) == 2
             and all(type(side) is int and 0 < side <= MAX_BLOCK_SIDE for side in block)
         ):
             raise FormatError(
-                f"weight_block_size is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}"
+                f"{where} is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}"
             )
-        codec = Fp8Block(*block)
-        rows, cols = weight.shape
+        codec = Fp8Block(block[0], block[1], scale, container)
+        table = dataclasses.replace(codec, block_rows=1, block_cols=32)
+        if (container, scale) == ("deepseek-v4", "e8m0") and (
+            stored.shape == table.specs(rows, cols)[part].shape
+        ):
+            codec = table  # DeepSeek-V4.1's engram tables, whatever the config says
         expected = codec.specs(rows, cols)
-        if scale.shape != expected["weight_scale_inv"].shape:
+        if stored.shape != expected[part].shape:
             raise FormatError(
-                f"weight_scale_inv is {list(scale.shape)}, expected "
-                f"{list(expected['weight_scale_inv'].shape)} for a [{rows}, {cols}] weight in "
+                f"{part} is {list(stored.shape)}, expected "
+                f"{list(expected[part].shape)} for a [{rows}, {cols}] weight in "
                 f"{codec.block_rows}x{codec.block_cols} blocks"
             )
         check_specs(parts, expected)
         return codec
 
-    def config(self, kept: Sequence[str]) -> dict[str, Any]:
-        """DeepSeek-V3's quantization_config, naming what stays in plain floats."""
+    def accepts(self, stored: Codec) -> bool:
+        """The default keeps all other scales that are F32 already, or that compressed-tensors
+        stores in BF16 or F16."""
+        if not isinstance(stored, Fp8Block) or self.scale != "fp32" or stored.scale == "e8m0":
+            return stored == self
+        return dataclasses.replace(stored, scale="fp32") == self
+
+    def scheme(self) -> dict[str, Any] | None:
+        """Preset FP8_BLOCK with these blocks, in the compressed-tensors container."""
+        if self.container != QUANT_METHOD:
+            return None
+        activations = dynamic_activations(8, "float", strategy="group", group_size=self.block_cols)
+        return scheme(
+            "float-quantized",
+            num_bits=8,
+            type="float",
+            strategy="block",
+            block_structure=list(self._block),
+            activations=activations,
+        )
+
+    def config(self, kept: Sequence[str]) -> dict[str, Any] | None:
+        """DeepSeek's quantization_config, naming what stays in plain floats; or a scheme's."""
+        if self.container == QUANT_METHOD:
+            return super().config(kept)
         config: dict[str, Any] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "quant_method": "fp8",
             "weight_block_size": [self.block_rows, self.block_cols],
         }
+        if self.scale != "fp32":
+            config["scale_fmt"] = "ue8m0"
         if kept:
             config["modules_to_not_convert"] = list(kept)
         return config
 
-    def _strips(
-        self, tile: torch.Tensor, scale: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of a block row of the tile [<= block_rows, cols] and its scales per column."""
-        columns = scale.repeat_interleave(self.block_cols, dim=1)[:, : tile.shape[1]]
-        return list(zip(tile.split(self.block_rows), columns, strict=True))
-
-    def _block_reduce(self, columns: torch.Tensor, fill: float) -> torch.Tensor:
-        """Maximum over each run of block_cols columns: [n, cols] -> [n, grid_cols]."""
-        missing = -columns.shape[1] % self.block_cols
-        padded = torch.nn.functional.pad(columns, (0, missing), value=fill)
-        return padded.reshape(len(padded), -1, self.block_cols).amax(2)
+    def _scale(self, amax: torch.Tensor) -> torch.Tensor:
+        """The scales of blocks, as stored; each container's own rule at the bottom."""
+        if self.container == QUANT_METHOD:
+            return plain_scale(amax, self.scale)
+        if self.scale == "e8m0":  # transformers: no floor, an all-zero block has 2^0
+            return exponents(amax).masked_fill_(amax == 0, 127).view(E8M0)
+        amax = amax.clamp_min(AMAX_FLOOR)
+        return amax / E4M3_MAX if self.scale == "fp32" else powers_of_two(exponents(amax))
 
     def _codes(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
-        strips = zip(codes.split(self.block_rows), self._strips(tile, scale), strict=True)
-        for target, (strip, row_scale) in strips:
+        strips = block_strips(tile, scale, *self._block)
+        targets = codes.split(self.block_rows)
+        for target, (strip, row_scale) in zip(targets, strips, strict=True):
             target.copy_((strip / row_scale).clamp_(-E4M3_MAX, E4M3_MAX))
         return codes
 
@@ -176,7 +300,7 @@ class Fp8Block(Codec):
             quotient = strip / e4m3_to_float32(coded)
             lows.append(torch.where(exact, -quotient, -infinity).amax(0))
             highs.append(torch.where(exact, quotient, -infinity).amax(0))
-        low = -self._block_reduce(torch.stack(lows), -torch.inf)
-        high = self._block_reduce(torch.stack(highs), -torch.inf)
+        low = -reduce_columns(torch.stack(lows), self.block_cols, -torch.inf)
+        high = reduce_columns(torch.stack(highs), self.block_cols, -torch.inf)
         near = (high.view(torch.int32) - scale.view(torch.int32)).abs() <= 1
         return torch.where((low == high) & near, high, scale)

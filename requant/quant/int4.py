@@ -1,12 +1,15 @@
-"""compressed-tensors W4A16: INT4 codes packed in 32-bit words, one BF16 multiplier per group.
+"""compressed-tensors W4A16: INT4 codes packed in 32-bit words, one multiplier per group.
 
-Source: compressed-tensors 0.20.0, `pack-quantized`, preset W4A16.
-`weight_packed` I32 [rows, cols/8] (code + 8, low nibble first); `weight_scale` BF16
-[rows, cols/group_size]; `weight_shape` I64 [2] = (rows, cols).
+Source: compressed-tensors 0.20.0, `pack-quantized`, presets W4A16 and W4A16_ASYM.
+`weight_packed` I32 [rows, ceil(cols/8)] (code + 8, low nibble first); `weight_scale` BF16, F16 or
+F32 [rows, groups]; asymmetric: `weight_zero_point` I32 [ceil(rows/8), groups] (zero point + 8, rows
+packed as columns are); act-order: `weight_g_idx` I32 [cols], each column's group; `weight_shape`
+I64 [2] = (rows, cols). value = (code - zero point) * scale.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,23 +17,56 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import Codec, TensorSpec, Tolerance, check_specs
+from requant.quant.codec import (
+    Codec,
+    Codes,
+    TensorSpec,
+    Tolerance,
+    check_specs,
+    exact_cast,
+    refine_grid,
+)
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
-from requant.quant.integer import check_arithmetic, quantize_symmetric
-from requant.quant.packing import nibbles_to_float32, pack_nibbles
+from requant.quant.integer import (
+    SCALE_DTYPES,
+    SCALE_NAMES,
+    check_options,
+    quantize_asymmetric,
+    quantize_symmetric,
+    stored_scale_name,
+)
+from requant.quant.packing import nibbles_to_float32, pack_nibbles, row_major, unpack_nibbles
 
+#: What engines have kernels for, and messages suggest; other multiples of 8 are legal.
 GROUP_SIZES = (32, 64, 128)
+#: One group a row, which compressed-tensors calls the strategy `channel`.
+CHANNEL = -1
+#: The stored code, and the stored zero point, of the value 0 in a symmetric weight.
+MIDDLE = 8
 
+_PARTS = {"weight_packed", "weight_scale", "weight_shape"}
+_OPTIONAL = {"weight_zero_point", "weight_g_idx"}
 #: What the stored codes 0..15 stand for, before the scale.
-_VALUES = tuple(float(code) for code in range(-8, 8))
+_VALUES = tuple(float(code - MIDDLE) for code in range(16))
 
 
 @dataclass(frozen=True)
 class Int4(Codec):
-    """Symmetric INT4 in groups along the columns. `arithmetic` changes codes, not the format."""
+    """INT4 in groups along the columns; `group_size=-1` is one group a row.
+
+    `act_order` weights, whose groups are not runs of columns, are read only.
+    """
 
     group_size: int = 128
+    symmetric: bool = True
+    scale: str = "bf16"
+    act_order: bool = False
+    method: str = field(default="rtn", compare=False)
     arithmetic: str = field(default="fp32", compare=False)
+    #: What `weight_shape` holds; the words of a channel-wise weight tell its width to 8 columns.
+    stored_shape: tuple[int, ...] = field(
+        default=(), compare=False, repr=False, metadata={"stored": True}
+    )
 
     name = "int4"
     summary = "compressed-tensors W4A16 INT4, packed, one scale a group"
@@ -38,85 +74,233 @@ class Int4(Codec):
     checked_against = "compressed-tensors"
     quant_method = QUANT_METHOD
     tolerance = Tolerance(max_kl=0.1, min_sqnr_db=10.0)
+    alphabet = "int4"
+    packs = frozenset({"int4"})
 
     def __post_init__(self) -> None:
-        check_arithmetic(self.arithmetic)
-        if self.group_size not in GROUP_SIZES:
+        check_options(self.scale, self.method, self.arithmetic)
+        if self.group_size != CHANNEL and (self.group_size < 8 or self.group_size % 8):
             raise FormatError(
-                f"group_size={self.group_size}: expected {', '.join(map(str, GROUP_SIZES))}"
+                f"group_size={self.group_size}: expected {', '.join(map(str, GROUP_SIZES))} or "
+                f"another multiple of 8, or {CHANNEL} for one group a row"
             )
+        if self.act_order and self.group_size == CHANNEL:
+            raise FormatError("act_order=true orders groups, and group_size=-1 has one a row")
+
+    @property
+    def needs_content(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`weight_shape`, where the scales' groups do not tell the width."""
+        return ("weight_shape",) if self.group_size == CHANNEL else ()
+
+    @property
+    def read_only(self) -> bool:  # type: ignore[override]
+        """Act-order needs the order, which data-free conversion does not have."""
+        return self.act_order
+
+    def row_alignment(self, cols: int) -> int:
+        """Asymmetric tiles start on a whole word of zero points."""
+        return 1 if self.symmetric else 8
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
-        if cols % self.group_size:
+        size = self._group(cols)
+        if cols % size:
             fitting = [f"{self.name}[group_size={g}]" for g in GROUP_SIZES if cols % g == 0]
             way_out = f"use {' or '.join(fitting)}, or " if fitting else ""
             raise FormatError(
-                f"group size {self.group_size} does not divide {cols} columns "
-                f"({cols} % {self.group_size} = {cols % self.group_size}); "
+                f"group size {size} does not divide {cols} columns "
+                f"({cols} % {size} = {cols % size}); "
                 f"{way_out}leave this weight in bf16 with a [modules] entry in a recipe"
             )
-        return {
-            "weight_packed": TensorSpec("I32", (rows, cols // 8)),
-            "weight_scale": TensorSpec("BF16", (rows, cols // self.group_size)),
-            "weight_shape": TensorSpec("I64", (2,), rows=0),
+        specs = {
+            "weight_packed": TensorSpec("I32", (rows, -(-cols // 8))),
+            "weight_scale": TensorSpec(SCALE_NAMES[self.scale], (rows, cols // size)),
         }
+        if not self.symmetric:
+            specs["weight_zero_point"] = TensorSpec("I32", (-(-rows // 8), cols // size), rows=8)
+        if self.act_order:
+            specs["weight_g_idx"] = TensorSpec("I32", (cols,), rows=0)
+        return {**specs, "weight_shape": TensorSpec("I64", (2,), rows=0)}
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
         """Rows of the packed words, columns of the scales' groups."""
-        rows, groups = parts["weight_scale"].shape
-        return rows, groups * self.group_size
+        (rows, groups), words = parts["weight_scale"].shape, parts["weight_packed"].shape[1]
+        if self.group_size != CHANNEL:
+            return rows, groups * self.group_size
+        if not self.stored_shape:
+            return rows, 8 * words
+        if self.stored_shape[0] != rows or -(-self.stored_shape[1] // 8) != words:
+            raise FormatError(
+                f"weight_shape is {list(self.stored_shape)}, and weight_packed has {rows} rows of "
+                f"{8 * words - 7} to {8 * words} columns"
+            )
+        return rows, self.stored_shape[1]
 
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """amax / 7.5 per group, codes -8..7."""
-        groups = tile.reshape(len(tile), -1, self.group_size)
-        codes, scale = quantize_symmetric(groups, 4, self.arithmetic)
-        return {
-            "weight_packed": pack_nibbles(
-                codes.add_(8).flatten(1).to(torch.int8).view(torch.uint8)
-            ),
-            "weight_scale": scale,
-            "weight_shape": torch.tensor(shape, dtype=torch.int64),
-        }
+        """amax / 7.5 per group, codes -8..7; asymmetric: (max - min) / 15 and a zero point."""
+        if self.act_order:
+            raise FormatError("act_order=true is only read; write int4 without it")
+        groups = tile.reshape(len(tile), -1, self._group(shape[1]))
+        how = (self.arithmetic, SCALE_DTYPES[self.scale], self.method)
+        if self.symmetric:
+            codes, scale = quantize_symmetric(groups, 4, *how)
+            return self._parts(_stored(codes.flatten(1)), scale, None, shape)
+        codes, scale, zero = quantize_asymmetric(groups, 4, *how)
+        return self._parts(_stored(codes.flatten(1)), scale, _stored(zero), shape)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """(code - 8) * scale, exact in float32 for BF16 scales."""
-        codes = nibbles_to_float32(parts["weight_packed"], _VALUES)
-        groups = codes.view(len(codes), -1, self.group_size)
-        groups.mul_(parts["weight_scale"].to(torch.float32)[..., None])
-        return codes
+        """(code - zero point) * scale: exact in float32 for BF16 and F16 scales."""
+        rows, cols = shape
+        values = nibbles_to_float32(parts["weight_packed"], _VALUES)
+        if values.shape[1] != cols:
+            values = values[:, :cols].contiguous()
+        scale = parts["weight_scale"].to(torch.float32)
+        zero = self._zero(parts, rows)
+        if self.act_order:
+            index = self._group_index(parts, cols)
+            if zero is not None:
+                values.sub_(zero.to(torch.float32).sub_(MIDDLE)[:, index])
+            return values.mul_(scale[:, index])
+        groups = values.view(rows, -1, self._group(cols))
+        if zero is not None:
+            groups.sub_(zero.to(torch.float32).sub_(MIDDLE)[..., None])
+        groups.mul_(scale[..., None])
+        return values
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
+        """Stored codes, scales and zero points. Raises FormatError for true act-order."""
+        cols, size = shape[1], self._group(shape[1])
+        if self.act_order:
+            in_order = torch.arange(cols, device=parts["weight_g_idx"].device) // size
+            if not torch.equal(self._group_index(parts, cols), in_order):
+                raise FormatError("act-order: the columns of a group are not adjacent")
+        words, scale = parts.get("weight_packed"), parts["weight_scale"]
+        codes = None if words is None else unpack_nibbles(words, cols)
+        return Codes("int4", codes, scale, (1, size), self._zero(parts, len(scale)))
+
+    def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """INT4 codes in these groups or multiples of them, with scales that this dtype holds."""
+        if codes.alphabet not in self.packs:
+            return super().pack(codes, shape)
+        if self.act_order:
+            raise FormatError("act_order=true is only read; write int4 without it")
+        self.specs(*shape)  # refuses a group that does not divide
+        block, tile = (1, self.group_size), codes.tile_shape(shape)
+        scale = exact_cast(refine_grid(codes, block, tile, self.name), SCALE_DTYPES[self.scale])
+        zero = codes.zero
+        if zero is not None and self.symmetric:
+            other = zero[zero != MIDDLE]
+            if other.numel():
+                raise FormatError(
+                    f"the source has a zero point of {int(other[0])}, symmetric int4 only "
+                    f"{MIDDLE}; use int4[symmetric=false]"
+                )
+        if self.symmetric:
+            zero = None
+        elif zero is None:
+            zero = torch.full_like(scale, MIDDLE, dtype=torch.uint8)
+        else:
+            zero = refine_grid(dataclasses.replace(codes, scale=zero), block, tile, self.name)
+        return self._parts(codes.codes, scale, zero, shape)
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
     ) -> Int4 | None:
         """`weight_packed` I32 with `weight_scale` and `weight_shape`, 8 codes a word."""
-        if set(parts) != {"weight_packed", "weight_scale", "weight_shape"}:
+        if not _PARTS <= set(parts) <= _PARTS | _OPTIONAL:
             return None
         packed, scale = parts["weight_packed"], parts["weight_scale"]
         if packed.dtype != "I32" or len(packed.shape) != 2 or len(scale.shape) != 2:
             return None
-        group_size = _stored_group_size(config)
-        if group_size is None:
+        codec = _stored_codec(parts, config)
+        if codec is None:
             return None
-        codec = Int4(group_size)
+        if codec.symmetric and "weight_zero_point" in parts:
+            raise FormatError("has a weight_zero_point, and a config whose scheme is symmetric")
         # The word count bounds the width to 8 columns; the scales' groups make it exact.
-        check_specs(parts, codec.specs(packed.shape[0], scale.shape[1] * group_size))
+        check_specs(parts, codec.specs(packed.shape[0], codec.shape(parts)[1]))
         return codec
 
+    def with_content(self, content: Mapping[str, bytes]) -> Int4:
+        """A channel-wise weight's true shape."""
+        numbers = torch.frombuffer(bytearray(content["weight_shape"]), dtype=torch.int64)
+        return dataclasses.replace(self, stored_shape=tuple(numbers.tolist()))
+
+    def accepts(self, stored: Codec) -> bool:
+        """Scales of any float dtype, unless this format asks for one."""
+        if self.scale == type(self).scale and isinstance(stored, Int4):
+            stored = dataclasses.replace(stored, scale=self.scale)
+        return stored == self
+
     def scheme(self) -> dict[str, Any]:
-        """Preset W4A16 with this group size."""
+        """Preset W4A16 or W4A16_ASYM with this group size."""
+        channel = self.group_size == CHANNEL
+        order: dict[str, Any] = {"actorder": "group"} if self.act_order else {}
         return scheme(
-            "pack-quantized", num_bits=4, type="int", strategy="group", group_size=self.group_size
+            "pack-quantized",
+            num_bits=4,
+            type="int",
+            strategy="channel" if channel else "group",
+            symmetric=self.symmetric,
+            group_size=None if channel else self.group_size,
+            **order,
         )
 
+    def _group(self, cols: int) -> int:
+        return cols if self.group_size == CHANNEL else self.group_size
 
-def _stored_group_size(config: Mapping[str, Any] | None) -> int | None:
-    """The group size of a symmetric 4-bit group scheme; None when the config says otherwise."""
+    def _parts(
+        self,
+        codes: torch.Tensor | None,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        shape: tuple[int, int],
+    ) -> dict[str, torch.Tensor]:
+        """The parts of a tile, from stored codes and zero points 0..15."""
+        parts = {} if codes is None else {"weight_packed": pack_nibbles(codes)}
+        parts["weight_scale"] = scale
+        if zero is not None:
+            parts["weight_zero_point"] = row_major(pack_nibbles(zero.T).T)
+        parts["weight_shape"] = torch.tensor(shape, dtype=torch.int64)
+        return parts
+
+    def _zero(self, parts: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor | None:
+        """The stored zero points, uint8 0..15 [rows, groups]; None when symmetric."""
+        if self.symmetric:
+            return None
+        return unpack_nibbles(parts["weight_zero_point"].T, rows).T
+
+    def _group_index(self, parts: Mapping[str, torch.Tensor], cols: int) -> torch.Tensor:
+        """Each column's group [cols]. Raises FormatError for a group that does not exist."""
+        index = parts["weight_g_idx"].to(torch.int64)
+        groups = cols // self.group_size
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= groups:
+            raise FormatError(
+                f"weight_g_idx names the group {low if low < 0 else high} of {groups}"
+            )
+        return index
+
+
+def _stored(codes: torch.Tensor) -> torch.Tensor:
+    """int8 -8..7, overwritten -> uint8 0..15."""
+    return codes.add_(MIDDLE).view(torch.uint8)
+
+
+def _stored_codec(parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Int4 | None:
+    """The codec of a 4-bit integer scheme; None when the config says otherwise."""
     weights = stored_weights(config)
-    described = (weights.get("num_bits"), weights.get("type"), weights.get("symmetric"))
-    if described != (4, "int", True) or weights.get("strategy") != "group":
+    if (weights.get("num_bits"), weights.get("type")) != (4, "int"):
         return None
-    size = weights.get("group_size")
-    return size if size in GROUP_SIZES else None
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "channel" and size in (None, CHANNEL):
+        size = CHANNEL
+    elif strategy != "group" or type(size) is not int or size < 8 or size % 8:
+        return None
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        return None
+    ordered = weights.get("actorder") in (True, "group") or "weight_g_idx" in parts
+    return Int4(size, symmetric, stored_scale_name(parts["weight_scale"]), ordered)

@@ -1,40 +1,145 @@
-"""Symmetric integer quantization, shared by the INT8 and INT4 formats.
+"""Integer quantization, shared by the INT8 and INT4 formats.
 
 Source: compressed-tensors 0.20.0, quantization/utils/helpers.py (calculate_qparams) and
-quantization/lifecycle/forward_helpers.py. scale = amax / ((qmax - qmin) / 2), stored in BF16, a
-zero scale replaced by BF16's epsilon; code = round_half_even(clamp(weight / scale, qmin, qmax)).
+quantization/lifecycle/forward_helpers.py. Symmetric: scale = amax / ((qmax - qmin) / 2), code =
+round_half_even(clamp(weight / scale, qmin, qmax)). Asymmetric: scale = (max - min) / (qmax - qmin)
+with zero between them, and a zero point of round(qmin - min / scale) added before the clamp. The
+scale is rounded to the dtype it is stored in; a zero scale becomes that dtype's epsilon.
+
+`arithmetic` is the precision of the division: "fp32" divides the weight as it is by the stored
+scale; "bf16" rounds weight, quotient and sum to BF16, as compressed-tensors does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import require_finite
+from requant.quant.codec import TensorSpec, require_choice, require_finite
+from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
 
+#: Option `scale` -> dtype of the stored scales, and its name in a header.
+SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCALE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-def check_arithmetic(arithmetic: str) -> None:
-    """Raise FormatError for an unknown arithmetic."""
-    if arithmetic not in ARITHMETICS:
-        raise FormatError(f"arithmetic={arithmetic}: expected {' or '.join(ARITHMETICS)}")
+#: The ends of an asymmetric group are clipped alone as well as together.
+_CLIP_PAIRS = (
+    *((clip, clip) for clip in CLIPS),
+    *((clip, 1.0) for clip in CLIPS[1:]),
+    *((1.0, clip) for clip in CLIPS[1:]),
+)
+
+
+def check_options(scale: str, method: str, arithmetic: str) -> None:
+    """Raise FormatError for an unknown value, or values that do not go together."""
+    require_choice("scale", scale, tuple(SCALE_DTYPES))
+    require_choice("method", method, METHODS)
+    require_choice("arithmetic", arithmetic, ARITHMETICS)
+    if arithmetic == "bf16" and (scale, method) != ("bf16", "rtn"):
+        raise FormatError(
+            f"arithmetic=bf16 repeats compressed-tensors, which knows scale=bf16 and method=rtn, "
+            f"not scale={scale} and method={method}; leave it out"
+        )
+
+
+def stored_scale_name(spec: TensorSpec, default: str = "bf16") -> str:
+    """The option `scale` of a stored part; `default` for a dtype that none has."""
+    return next((name for name, dtype in SCALE_NAMES.items() if dtype == spec.dtype), default)
 
 
 def quantize_symmetric(
-    groups: torch.Tensor, bits: int, arithmetic: str
+    groups: torch.Tensor,
+    bits: int,
+    arithmetic: str = "fp32",
+    dtype: torch.dtype = torch.bfloat16,
+    method: str = "rtn",
+    half_range: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize along the last dim: [..., n] float32 -> (float codes [..., n], BF16 scales [...]).
+    """Quantize along the last dim: [..., n] float32 -> (int8 codes [..., n], scales [...]).
 
-    `arithmetic` is the precision of the division: "fp32" divides the weight as it is by the stored
-    scale; "bf16" rounds weight and quotient to BF16 first, as compressed-tensors does.
+    `half_range` is what amax is divided by, (qmax - qmin) / 2 unless given.
     """
     if arithmetic == "bf16":
         groups = groups.to(torch.bfloat16)
-    amax = groups.abs().amax(-1)
+    scratch = groups.abs()
+    amax = scratch.amax(-1)
     require_finite(amax)
-    half_range = (2**bits - 1) / 2
-    scale = (amax / half_range).to(torch.bfloat16)
-    scale = torch.where(scale == 0, torch.finfo(torch.bfloat16).eps, scale)
-    codes = groups / scale.to(groups.dtype)[..., None]
-    return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round_(), scale
+    half_range = half_range or (2**bits - 1) / 2
+
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def restore(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        step = scale.to(torch.float32)[..., None]
+        return (groups / step).clamp_(least, most).round_().mul_(step)
+
+    scale = cast_scale(amax / half_range, dtype)
+    if method == "mse":
+        candidates = ((cast_scale(amax * clip / half_range, dtype),) for clip in CLIPS)
+        (scale,) = search(groups, candidates, restore)
+    torch.div(groups, scale.to(groups.dtype)[..., None], out=scratch)
+    return round_to_int8(scratch.clamp_(least, most)), scale
+
+
+def quantize_asymmetric(
+    groups: torch.Tensor,
+    bits: int,
+    arithmetic: str = "fp32",
+    dtype: torch.dtype = torch.bfloat16,
+    method: str = "rtn",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize along the last dim: [..., n] float32 -> (int8 codes [..., n], scales [...], int8
+    zero points [...]): value = (code - zero) * scale."""
+    if arithmetic == "bf16":
+        groups = groups.to(torch.bfloat16)
+    low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
+    require_finite(torch.stack((low, high)))
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        step = (high - low) / (most - least)
+        rounded = step.to(dtype).to(groups.dtype)
+        zero = (least - low / rounded).clamp_(least, most).round_()
+        return cast_scale(step, dtype), zero.nan_to_num_(0.0)  # a group of zeros: 0 / 0
+
+    def quotient(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        shifted = (groups / scale.to(groups.dtype)[..., None]).add_(zero[..., None])
+        return shifted.clamp_(least, most)
+
+    def restore(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        codes = quotient(groups, scale, zero).round_().sub_(zero[..., None])
+        return codes.mul_(scale.to(torch.float32)[..., None])
+
+    def candidates() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for below, above in _CLIP_PAIRS:
+            yield parameters(low * below, high * above)
+
+    scale, zero = parameters(low, high)
+    if method == "mse":
+        scale, zero = search(groups, candidates(), restore)
+    return round_to_int8(quotient(groups, scale, zero)), scale, zero.to(torch.int8)
+
+
+def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales as they are stored: a zero becomes the dtype's epsilon. Raises FormatError for one
+    beyond the dtype's range."""
+    cast = scale.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        name = next(name for name, known in SCALE_DTYPES.items() if known == dtype)
+        raise FormatError(
+            f"needs the scale {float(scale.max()):.6g}, beyond {name}'s largest value "
+            f"{torch.finfo(dtype).max:.6g}; use scale=bf16 for this weight"
+        )
+    return torch.where(cast == 0, torch.finfo(dtype).eps, cast)
+
+
+def round_to_int8(values: torch.Tensor) -> torch.Tensor:
+    """Round to nearest even, from float in -128..127; float32 is overwritten.
+
+    Beyond 2^23 float32 has no fractions: adding 1.5 * 2^23 rounds, and leaves the integer in the
+    low byte in two's complement.
+    """
+    return values.to(torch.float32).add_(1.5 * 2**23).view(torch.int32).to(torch.int8)

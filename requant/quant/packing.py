@@ -15,24 +15,30 @@ import functools
 import torch
 
 
+def row_major(matrix: torch.Tensor) -> torch.Tensor:
+    """The same matrix, row after row in memory, with the strides that `view(dtype)` insists on
+    where a side of one leaves them open."""
+    return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1))
+
+
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes 0..15 [rows, cols] -> int32 words [rows, ceil(cols/8)], zero-padded."""
     missing = -codes.shape[1] % 8
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    pairs = codes.contiguous().view(torch.int16)
+    pairs = row_major(codes).view(torch.int16)
     return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
 
 
 def unpack_nibbles(words: torch.Tensor, cols: int) -> torch.Tensor:
     """int32 words [rows, ceil(cols/8)] -> uint8 codes 0..15 [rows, cols]: undoes `pack_nibbles`."""
-    pairs = words.contiguous().view(torch.uint8)
+    pairs = row_major(words).view(torch.uint8)
     return torch.stack((pairs & 0xF, pairs >> 4), dim=2).flatten(1)[:, :cols]
 
 
 def nibbles_to_float32(words: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
     """int32 words [rows, words] -> float32 [rows, 8 * words]; code i becomes values[i], 0..15."""
-    index = words.contiguous().view(torch.uint8).flatten().to(torch.int32)
+    index = row_major(words).view(torch.uint8).flatten().to(torch.int32)
     pairs = _nibble_table(values, words.device).index_select(0, index)
     return pairs.view(torch.float32).view(words.shape[0], -1)
 

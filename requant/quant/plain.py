@@ -9,7 +9,25 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import TORCH_DTYPES, Codec, TensorSpec, Tolerance, require_finite
+from requant.quant.codec import (
+    TORCH_DTYPES,
+    Alphabet,
+    Codec,
+    Codes,
+    TensorSpec,
+    Tolerance,
+    require_finite,
+)
+
+#: Of each alphabet: significant bits of a code, its smallest step and its largest value.
+_EXACT: dict[Alphabet, tuple[int, float, float]] = {
+    "e2m1": (2, 0.5, 6.0),
+    "e4m3": (4, 2.0**-9, 448.0),
+    "int4": (4, 1.0, 15.0),
+    "int8": (7, 1.0, 128.0),
+}
+#: Significant bits of a dtype, and its smallest number.
+_PRECISION = {"BF16": (8, 2.0**-133), "F16": (11, 2.0**-24), "F32": (24, 2.0**-149)}
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,7 @@ class Plain(Codec):
     loaded_by = "every engine"
     checked_against = "torch"
     quant_method = None
+    packs = frozenset(_EXACT)
 
     @property
     def summary(self) -> str:  # type: ignore[override]
@@ -57,6 +76,25 @@ class Plain(Codec):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Widen to float32 (exact)."""
         return parts["weight"].to(torch.float32)
+
+    def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """No codes to keep; raises FormatError unless every code times its scale is exact here."""
+        bits, step, largest = _EXACT[codes.alphabet]
+        precision, lowest = _PRECISION[self.dtype]
+        scale = codes.scale.to(torch.float32)
+        scale = scale[scale != 0].abs()
+        spare = precision - bits  # significant bits that a scale may have
+        if codes.divisor is not None or spare < 1:
+            raise FormatError(f"{self.name} rounds the products of codes and scales")
+        if bool((scale.view(torch.int32) & ((1 << (24 - spare)) - 1)).any()):
+            raise FormatError(f"{self.name} rounds: a scale has over {spare} significant bits")
+        if scale.numel():
+            power_of_two = not bool((scale.view(torch.int32) & 0x7FFFFF).any())
+            low = float(scale.amin()) * step * (1.0 if power_of_two else 2.0 ** (1 - spare))
+            high = float(scale.amax()) * largest
+            if low < lowest or high > torch.finfo(TORCH_DTYPES[self.dtype]).max:
+                raise FormatError(f"{self.name} cannot reach values from {low:.3g} to {high:.3g}")
+        return {}
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None

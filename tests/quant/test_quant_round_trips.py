@@ -180,5 +180,5 @@ def test_the_integer_grid_shifts_by_hand() -> None:
     row = torch.tensor([[-7.5, 3.0]])
     codes, scale = quantize_symmetric(row, 4, "fp32")
     assert scale.item() == 1.0 and codes.tolist() == [[-8.0, 3.0]]
-    codes, scale = quantize_symmetric(codes, 4, "fp32")
+    codes, scale = quantize_symmetric(codes.to(torch.float32), 4, "fp32")
     assert scale.item() == 1.0703125 and codes.tolist() == [[-7.0, 3.0]]

@@ -1,0 +1,144 @@
+"""SGLang's blockwise INT8: codes and one float32 multiplier per block of the weight.
+
+Source: SGLang 0.5.23, layers/quantization/blockwise_int8.py. `weight` I8 [rows, cols];
+`weight_scale_inv` F32 [ceil(rows/128), ceil(cols/128)]; despite its name the scale multiplies.
+Edge blocks may be partial. SGLang publishes no quantizer: amax / 127 is that of its activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from requant.errors import FormatError
+from requant.quant.blocks import block_amax, block_strips
+from requant.quant.codec import (
+    Codec,
+    Codes,
+    TensorSpec,
+    Tolerance,
+    check_specs,
+    exact_cast,
+    refine_grid,
+    require_finite,
+)
+from requant.quant.integer import cast_scale, round_to_int8
+
+QUANT_METHOD = "blockwise_int8"
+INT8_MAX = 127.0
+#: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
+MAX_BLOCK_SIDE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Int8Block(Codec):
+    """Symmetric INT8 with amax / 127 per `block_rows` x `block_cols` block."""
+
+    block_rows: int = 128
+    block_cols: int = 128
+
+    name = "int8-block"
+    summary = "SGLang blockwise INT8 in 128x128 blocks, weight_scale_inv"
+    loaded_by = "SGLang"
+    checked_against = "the formula"
+    quant_method = QUANT_METHOD
+    tolerance = Tolerance(max_kl=0.02, min_sqnr_db=25.0)
+    alphabet = "int8"
+    packs = frozenset({"int8"})
+
+    def __post_init__(self) -> None:
+        if self.block_rows < 1 or self.block_cols < 1:
+            raise FormatError(
+                f"block_rows={self.block_rows}, block_cols={self.block_cols}: "
+                "a block has at least one row and one column; SGLang's have 128 and 128"
+            )
+
+    def row_alignment(self, cols: int) -> int:
+        """Tiles start on a block boundary."""
+        return self.block_rows
+
+    def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """Codes and the ceil grid of scales."""
+        grid = (-(-rows // self.block_rows), -(-cols // self.block_cols))
+        return {
+            "weight": TensorSpec("I8", (rows, cols)),
+            "weight_scale_inv": TensorSpec("F32", grid, rows=self.block_rows),
+        }
+
+    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
+        """The shape of `weight`."""
+        rows, cols = parts["weight"].shape
+        return rows, cols
+
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """amax / 127 per block, codes -127..127."""
+        amax = block_amax(tile, self.block_rows, self.block_cols)
+        require_finite(amax)
+        scale = cast_scale(amax / INT8_MAX, torch.float32)
+        codes = torch.empty(tile.shape, dtype=torch.int8, device=tile.device)
+        strips = block_strips(tile, scale, self.block_rows, self.block_cols)
+        for target, (strip, row_scale) in zip(codes.split(self.block_rows), strips, strict=True):
+            target.copy_(round_to_int8((strip / row_scale).clamp_(-INT8_MAX, INT8_MAX)))
+        return {"weight": codes, "weight_scale_inv": scale}
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """codes * scale in float32."""
+        tile = parts["weight"].to(torch.float32)
+        scale = parts["weight_scale_inv"]
+        for strip, row_scale in block_strips(tile, scale, self.block_rows, self.block_cols):
+            strip.mul_(row_scale)
+        return tile
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
+        """The codes as they are."""
+        block = (self.block_rows, self.block_cols)
+        return Codes("int8", parts.get("weight"), parts["weight_scale_inv"], block)
+
+    def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """INT8 codes whose scales are shared by these blocks, or by multiples of them."""
+        if codes.alphabet not in self.packs:
+            return super().pack(codes, shape)
+        block = (self.block_rows, self.block_cols)
+        scale = refine_grid(codes, block, codes.tile_shape(shape), self.name)
+        parts = {"weight_scale_inv": exact_cast(scale, torch.float32)}
+        return parts if codes.codes is None else {"weight": codes.codes, **parts}
+
+    def detect(
+        self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
+    ) -> Int8Block | None:
+        """INT8 `weight` beside a float32 `weight_scale_inv`, and a config that says so: FP4 codes
+        with block scales look the same."""
+        if (config or {}).get("quant_method") != QUANT_METHOD:
+            return None
+        if set(parts) != {"weight", "weight_scale_inv"} or parts["weight"].dtype != "I8":
+            return None
+        if len(parts["weight"].shape) != 2:
+            return None
+        block = (config or {}).get("weight_block_size") or [self.block_rows, self.block_cols]
+        if not (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(type(side) is int and 0 < side <= MAX_BLOCK_SIDE for side in block)
+        ):
+            raise FormatError(
+                f"weight_block_size is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}"
+            )
+        codec = Int8Block(*block)
+        check_specs(parts, codec.specs(*codec.shape(parts)))
+        return codec
+
+    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+        """SGLang's quantization_config, naming what stays in plain floats."""
+        config: dict[str, Any] = {
+            "quant_method": QUANT_METHOD,
+            "activation_scheme": "dynamic",
+            "weight_block_size": [self.block_rows, self.block_cols],
+        }
+        if kept:
+            config["ignored_layers"] = list(kept)
+        return config

@@ -1,0 +1,444 @@
+"""bitsandbytes 4-bit: NF4 or FP4 codes, one float32 absmax per block of the flattened weight.
+
+Source: bitsandbytes 0.50.2, functional.py (quantize_4bit, QuantState.as_dict),
+backends/default/ops.py (quantize_4bit) and csrc/cpu_ops.cpp (quantize_cpu_impl). FP4's sixteen
+values are not E2M1's. With n = rows * cols and b = ceil(n / blocksize):
+
+- `weight` U8 [ceil(n/2), 1], two codes a byte, the HIGH nibble first; `weight.quant_map` F32 [16].
+- `weight.absmax` F32 [b]. With double quantization U8 [b], indices into
+  `weight.nested_quant_map` F32 [256], beside `weight.nested_absmax` F32 [ceil(b/256)].
+- `weight.quant_state.bitsandbytes__nf4` U8: JSON with the weight's shape, dtype and blocksize, and
+  the mean that double quantization takes off absmax. Written with spaces behind it where that
+  mean could have more digits, so that its size is known before its content.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from requant.errors import FormatError
+from requant.quant.codec import (
+    Codec,
+    TensorSpec,
+    Tolerance,
+    check_specs,
+    require_choice,
+    require_finite,
+)
+
+BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
+#: Values of absmax to one of nested_absmax.
+NESTED_BLOCK = 256
+#: What the quant_state calls the dtype that the weight had.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+#: What the codes 0..15 stand for, before absmax: float32 values, written in full.
+MAPS: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.0052083334885537624, 0.6666666865348816, 1.0),
+        *(0.3333333432674408, 0.5, 0.1666666716337204, 0.25),
+        *(0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
+        *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
+    ),
+}
+#: Cells of the search table between 0 and 1: narrower than the gap between any two thresholds.
+_CELLS = 512
+#: A short last block's absmax is at least this; a whole one's is for the division only.
+_AMAX_FLOOR = 1e-38
+#: No float32 has a longer repr.
+_LONGEST_OFFSET = 1.1754943508222875e-38
+#: Bytes of a quant_state that are still read.
+_STATE_LIMIT = 1024
+
+
+@dataclass(frozen=True)
+class BitsAndBytes(Codec):
+    """NF4 or FP4 in blocks of `blocksize` values. `dtype` is what loaders decode to."""
+
+    name: str
+    tolerance: Tolerance
+    double_quant: bool = False
+    blocksize: int = 64
+    dtype: str = "bf16"
+    stored_shape: tuple[int, int] | None = field(
+        default=None, compare=False, repr=False, metadata={"stored": True}
+    )
+
+    loaded_by = "transformers, vLLM, SGLang"
+    checked_against = "bitsandbytes, transformers"
+    quant_method = "bitsandbytes"
+
+    def __post_init__(self) -> None:
+        require_choice("blocksize", self.blocksize, sorted(BLOCK_SIZES))
+        require_choice("dtype", self.dtype, list(DTYPES))
+
+    @property
+    def kind(self) -> str:
+        """`nf4` or `fp4`."""
+        return self.name.removeprefix("bnb-")
+
+    @property
+    def summary(self) -> str:  # type: ignore[override]
+        """One sentence for `requant formats`."""
+        return f"bitsandbytes {self.kind.upper()}, one absmax for {self.blocksize} weights"
+
+    @property
+    def two_pass(self) -> bool:  # type: ignore[override]
+        """Double quantization takes the mean of the whole weight's absmax off first."""
+        return self.double_quant
+
+    @property
+    def state_part(self) -> str:
+        """The part that holds the JSON."""
+        return f"weight.quant_state.bitsandbytes__{self.kind}"
+
+    @property
+    def needs_content(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The JSON has the shape; the map must be the one that the kernels have built in."""
+        return (self.state_part, "weight.quant_map")
+
+    def row_alignment(self, cols: int) -> int:
+        """Blocks run across rows: the fewest rows that hold whole (nested) blocks."""
+        block = self.blocksize * (NESTED_BLOCK if self.double_quant else 1)
+        return block // math.gcd(block, cols)
+
+    def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
+        """Codes, absmax and the parts that belong to the whole weight."""
+        count = rows * cols
+        blocks = -(-count // self.blocksize)
+        absmax_dtype = "U8" if self.double_quant else "F32"
+        specs = {
+            "weight": TensorSpec("U8", (-(-count // 2), 1), rows=Fraction(2, cols)),
+            "weight.absmax": TensorSpec(
+                absmax_dtype, (blocks,), rows=Fraction(self.blocksize, cols)
+            ),
+            "weight.quant_map": TensorSpec("F32", (16,), rows=0),
+        }
+        if self.double_quant:
+            specs["weight.nested_absmax"] = TensorSpec(
+                "F32",
+                (-(-blocks // NESTED_BLOCK),),
+                rows=Fraction(self.blocksize * NESTED_BLOCK, cols),
+            )
+            specs["weight.nested_quant_map"] = TensorSpec("F32", (256,), rows=0)
+        size = len(self._state((rows, cols), _LONGEST_OFFSET))
+        specs[self.state_part] = TensorSpec("U8", (size,), rows=0)
+        return specs
+
+    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
+        """What the quant_state said, checked against the sizes of the parts."""
+        if self.stored_shape is None:
+            raise FormatError(f"{self.state_part}, which has the weight's shape, was not read")
+        rows, cols = self.stored_shape
+        expected = self.specs(rows, cols) | {self.state_part: parts[self.state_part]}
+        try:
+            check_specs(parts, expected)
+        except FormatError as error:
+            raise FormatError(
+                f"{self.state_part} says [{rows}, {cols}], blocks of {self.blocksize}, but {error}"
+            ) from None
+        return rows, cols
+
+    def measure(self, tile: torch.Tensor) -> torch.Tensor:
+        """The absmax of the tile's blocks."""
+        return self._absmax(tile.reshape(-1)).cpu()
+
+    def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The mean of absmax: one float32 sum over all of it, in torch's order on a CPU."""
+        mean = torch.cat(list(measured)).mean()
+        if not bool(torch.isfinite(mean)):
+            raise FormatError(
+                "the sum of its blocks' absmax is beyond float32; use double_quant=false"
+            )
+        return mean
+
+    def encode(
+        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The nearest value of the map to weight / absmax, ties to the lower one."""
+        flat = tile.reshape(-1)
+        absmax = self._absmax(flat)
+        parts = {
+            "weight": _pack(_nearest(self._normalize(flat, absmax), self.kind))[:, None],
+            "weight.absmax": absmax,
+            "weight.quant_map": torch.tensor(MAPS[self.kind]),
+        }
+        offset = 0.0
+        if self.double_quant:
+            mean = self.summarize([absmax.cpu()]) if summary is None else summary
+            offset = float(mean)
+            parts["weight.absmax"], parts["weight.nested_absmax"] = _quantize_absmax(
+                absmax - offset
+            )
+            parts["weight.nested_quant_map"] = dynamic_map()
+        state = self._state(shape, offset)
+        parts[self.state_part] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        return parts
+
+    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """map[code] * absmax, rounded to float32."""
+        absmax = parts["weight.absmax"]
+        if self.double_quant:
+            values = parts["weight.nested_quant_map"].index_select(0, absmax.to(torch.int32))
+            scales = parts["weight.nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(absmax)]
+            content = bytes(parts[self.state_part].cpu().numpy())
+            absmax = values.mul_(scales).add_(_read_state(content)["nested_offset"])
+        count = math.prod(shape)
+        index = parts["weight"].flatten().to(torch.int32)
+        pairs = _pair_table(self.kind, index.device).index_select(0, index)
+        flat = pairs.view(torch.float32)[:count]
+        whole = count // self.blocksize
+        blocks = flat[: whole * self.blocksize].view(whole, self.blocksize)
+        blocks.mul_(absmax[:whole, None])
+        flat[whole * self.blocksize :].mul_(absmax[whole:])
+        return flat.view(shape)
+
+    def detect(
+        self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
+    ) -> BitsAndBytes | None:
+        """Parts beside a quant_state of this kind. The blocksize follows from their sizes and the
+        dtype from the config, until `with_content` has read both.
+        """
+        if self.state_part not in parts or not {"weight", "weight.absmax"} <= set(parts):
+            return None
+        weight, absmax, state = (parts[p] for p in ("weight", "weight.absmax", self.state_part))
+        if weight.dtype != "U8":
+            raise FormatError(
+                f"weight is {weight.dtype} {list(weight.shape)}: bitsandbytes codes are read as U8 "
+                "only; quantize with bnb_4bit_quant_storage=uint8"
+            )
+        if len(weight.shape) != 2 or len(absmax.shape) != 1 or len(state.shape) != 1:
+            return None
+        if state.shape[0] > _STATE_LIMIT:
+            raise FormatError(
+                f"{self.state_part} has {state.shape[0]} bytes, more than {_STATE_LIMIT}: "
+                "bitsandbytes' own have under 200"
+            )
+        count = 2 * weight.shape[0]
+        fitting = [size for size in BLOCK_SIZES if -(-count // size) == absmax.shape[0]]
+        if not fitting:
+            raise FormatError(
+                f"weight.absmax is {list(absmax.shape)}, which no blocksize gives for a weight "
+                f"of {list(weight.shape)} bytes; blocks of 64 have {-(-count // 64)}"
+            )
+        compute = str((config or {}).get("bnb_4bit_compute_dtype"))
+        codec = replace(
+            self,
+            double_quant="weight.nested_absmax" in parts,
+            blocksize=fitting[0],
+            dtype={v: k for k, v in DTYPES.items()}.get(compute, "bf16"),
+        )
+        expected = codec.specs(count, 1) | {
+            self.state_part: TensorSpec("U8", state.shape, rows=0),
+        }
+        check_specs(parts, expected)
+        return codec if set(parts) == set(expected) else None
+
+    def with_content(self, content: Mapping[str, bytes]) -> BitsAndBytes:
+        """The shape, dtype and blocksize that the quant_state tells."""
+        state = _read_state(content[self.state_part])
+        expected: dict[str, object] = {"quant_type": self.kind}
+        if self.double_quant:
+            expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise FormatError(f"{self.state_part} has {key} {state.get(key)!r}, not {value!r}")
+        if ("nested_offset" in state) != self.double_quant:
+            raise FormatError(
+                f"{self.state_part} and weight.nested_absmax: only one of them speaks of "
+                "double quantization"
+            )
+        if content["weight.quant_map"] != torch.tensor(MAPS[self.kind]).numpy().tobytes():
+            raise FormatError(f"weight.quant_map is not bitsandbytes' map of {self.kind}")
+        return replace(
+            self,
+            blocksize=state["blocksize"],
+            dtype={v: k for k, v in DTYPES.items()}[state["dtype"]],
+            stored_shape=tuple(state["shape"]),
+        )
+
+    def accepts(self, stored: Codec) -> bool:
+        """The same codes and absmax; unless asked for, the dtype to decode to may differ."""
+        if isinstance(stored, BitsAndBytes) and self.dtype == "bf16":
+            stored = replace(stored, dtype="bf16")
+        return stored == self
+
+    def config(self, kept: Sequence[str]) -> dict[str, Any]:
+        """transformers' BitsAndBytesConfig, as it saves it."""
+        return {
+            "quant_method": self.quant_method,
+            "_load_in_8bit": False,
+            "_load_in_4bit": True,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": list(kept),
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "bnb_4bit_quant_type": self.kind,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "bnb_4bit_compute_dtype": DTYPES[self.dtype],
+            "bnb_4bit_quant_storage": "uint8",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+        }
+
+    def _state(self, shape: tuple[int, int], offset: float) -> bytes:
+        """The quant_state; with an offset, as long as it is with the longest one."""
+        state = {
+            "quant_type": self.kind,
+            "blocksize": self.blocksize,
+            "dtype": DTYPES[self.dtype],
+            "shape": list(shape),
+        }
+        if not self.double_quant:
+            return json.dumps(state).encode()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        longest = json.dumps(state | {"nested_offset": _LONGEST_OFFSET})
+        text = json.dumps(state | {"nested_offset": offset})
+        return text.ljust(len(longest)).encode()
+
+    def _absmax(self, flat: torch.Tensor) -> torch.Tensor:
+        """[n] -> [ceil(n / blocksize)], all of them finite."""
+        whole = len(flat) // self.blocksize
+        absmax = flat.new_empty(-(-len(flat) // self.blocksize))
+        blocks = flat[: whole * self.blocksize].view(whole, self.blocksize)
+        torch.amax(blocks.abs(), 1, out=absmax[:whole])
+        if whole < len(absmax):
+            rest = flat[whole * self.blocksize :]
+            torch.clamp(rest.abs().amax(0, keepdim=True), min=_AMAX_FLOOR, out=absmax[whole:])
+        require_finite(absmax)
+        return absmax
+
+    def _normalize(self, flat: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """Weight / absmax, [n] padded to an even length with zero.
+
+        As bitsandbytes rounds: a product with the reciprocal, but a quotient in a short last block.
+        """
+        whole = len(flat) // self.blocksize
+        end = whole * self.blocksize
+        out = flat.new_empty(len(flat) + len(flat) % 2)
+        reciprocal = absmax[:whole].clamp_min(_AMAX_FLOOR).reciprocal_()
+        blocks = flat[:end].view(whole, self.blocksize)
+        torch.mul(blocks, reciprocal[:, None], out=out[:end].view(whole, self.blocksize))
+        torch.div(flat[end:], absmax[whole:], out=out[end : len(flat)])
+        out[len(flat) :] = 0.0
+        return out
+
+
+def _read_state(content: bytes) -> dict[str, Any]:
+    """A quant_state; raises FormatError unless blocksize, dtype, shape and offset make sense."""
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError):  # bad UTF-8, bad JSON, too deep
+        state = None
+    if not isinstance(state, dict):
+        raise FormatError(f"quant_state is no JSON object: {content[:80]!r}")
+    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
+    sensible = {
+        "blocksize": type(state.get("blocksize")) is int and state["blocksize"] in BLOCK_SIZES,
+        "dtype": state.get("dtype") in DTYPES.values(),
+        "shape": isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(side) is int and side > 0 for side in shape),
+        "nested_offset": isinstance(offset, float) and math.isfinite(offset),
+    }
+    for key, holds in sensible.items():
+        if not holds:
+            raise FormatError(f"quant_state has {key} {state.get(key)!r}, which makes no sense")
+    return state
+
+
+def _nearest(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The codes [n] uint8 of the map's nearest values to `values` in -1..1; ties go down.
+
+    A table of cells does it, several times as fast as a binary search: a cell has at most one
+    threshold, so it and one comparison with that threshold give the code. `values` may be beyond
+    1 by an ulp or two, which lies in the last cell.
+    """
+    threshold, codes = _cell_tables(kind, values.device)
+    cell = (values * _CELLS).add_(_CELLS).to(torch.int32)
+    above = values > threshold.index_select(0, cell)
+    return codes.index_select(0, cell.mul_(2).add_(above))
+
+
+@functools.cache
+def _cell_tables(kind: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per cell its threshold (infinity for none), and the codes up to it and above it.
+
+    The cell of a threshold is found with the operations that find the cell of a value. Rounding is
+    monotonic, so no value in a lower cell is above the threshold, and none in a higher one is not.
+    """
+    values = torch.tensor(MAPS[kind])
+    order = values.argsort(stable=True)
+    middle = (values[order[:-1]] + values[order[1:]]) / 2
+    cell = (middle * _CELLS).add_(_CELLS).to(torch.int64)
+    threshold = torch.full((2 * _CELLS + 1,), torch.inf)
+    threshold[cell] = middle
+    below = (torch.arange(len(threshold))[:, None] > cell).sum(1)
+    steps = torch.stack((below, below + threshold.isfinite()), 1).flatten()
+    return threshold.to(device), order[steps].to(torch.uint8).to(device)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes [2n] -> bytes [n], the first of each pair in the high nibble."""
+    pairs = codes.view(torch.int16)
+    return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
+
+
+@functools.cache
+def _pair_table(kind: str, device: torch.device) -> torch.Tensor:
+    """One entry a byte, two float32 moved as one int64: high nibble's value, then the low one's."""
+    byte = torch.arange(256)
+    value = torch.tensor(MAPS[kind])
+    return torch.stack((value[byte >> 4], value[byte & 0xF]), 1).view(torch.int64)[:, 0].to(device)
+
+
+def dynamic_map() -> torch.Tensor:
+    """bitsandbytes' dynamic 8-bit map [256], ascending: seven decades of 1, 2, .. 64 values each
+    side of zero, evenly spaced within a decade; zero and one."""
+    sides = torch.cat([_decade(exponent) for exponent in range(7)])
+    return torch.cat((-sides, torch.tensor([0.0, 1.0]), sides)).sort().values
+
+
+def _decade(exponent: int) -> torch.Tensor:
+    """2^exponent centres of equal intervals from 10^(exponent - 7) to 10^(exponent - 6)."""
+    edges = torch.linspace(0.1, 1, 2**exponent + 1)
+    return (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+
+
+def _quantize_absmax(centred: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """absmax less its mean [n] -> uint8 indices [n] and their own absmax [ceil(n / 256)].
+
+    bitsandbytes looks up the nearest of 65536 evenly spaced values, not the value itself; a block
+    of zeros has the index 0 and the absmax 0.
+    """
+    blocks = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK))
+    blocks = blocks.view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(1)
+    reciprocal = absmax.reciprocal().clamp_max_(torch.finfo(torch.float32).max)
+    place = (blocks * reciprocal[:, None]).clamp_(-1, 1).add_(1).mul_(65535 / 2).add_(0.5)
+    index = _dynamic_table(centred.device).index_select(0, place.to(torch.int32).flatten())
+    index.view(blocks.shape)[absmax == 0] = 0
+    return index[: len(centred)], absmax
+
+
+@functools.cache
+def _dynamic_table(device: torch.device) -> torch.Tensor:
+    """uint8 [65536]: the index in the dynamic map nearest to -1 + 2 i / 65535."""
+    values = dynamic_map()
+    middle = (values[:-1] + values[1:]) * 0.5
+    place = torch.arange(65536).to(torch.float32).mul_(2).div_(65535).sub_(1)
+    return torch.bucketize(place, middle).to(torch.uint8).to(device)
