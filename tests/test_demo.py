@@ -159,6 +159,9 @@ def test_integers_are_compressed_tensors_in_its_arithmetic(
     default = Checkpoint.open(converted(text))
     for name in encoded():
         weight = stored(plain, name)["weight"]
+        if text.startswith("int4") and "kv_b_proj" in name:  # engines take it apart
+            assert torch.equal(stored(output, name)["weight"], weight)
+            continue
         compressor, scheme, theirs = reference_encode(codec, weight)
         ours = stored(output, name)
         assert ours.keys() == theirs.keys()
