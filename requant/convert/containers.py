@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from requant.convert.names import LINEAR_ROLES, TensorName, fused_set
+from requant.convert.names import LINEAR_ROLES
 from requant.convert.patterns import module_patterns, natural_key
 from requant.convert.recipe import Recipe, plain_codec
 from requant.convert.source import Checkpoint, StoredWeight
@@ -66,7 +66,7 @@ def quantization_config(
     linear: dict[Codec, None] = {}
     kept = {"lm_head"}
     for name, codec in written.items():
-        module = TensorName.parse(name).module
+        module = source.weights[name].module
         if codec is not None and not isinstance(codec, Plain):
             modules.setdefault(codec, []).append(name)
             if source.weights[name].kind in LINEAR_ROLES:
@@ -85,9 +85,9 @@ def quantization_config(
     for codec, names in modules.items():
         for name in names:
             groups.setdefault(_scheme(source, name, chosen[name], codec), []).append(
-                TensorName.parse(name).module
+                source.weights[name].module
             )
-    every = [TensorName.parse(name).module for name in source.weights]
+    every = [weight.module for weight in source.weights.values()]
     ignored = module_patterns(kept, every)
     if len(groups) == 1:
         config = one_scheme_config(json.loads(next(iter(groups))), ignored)
@@ -198,9 +198,13 @@ def _in_compressed_tensors(codec: Codec) -> Codec | None:
         return codec
     if not hasattr(codec, "container"):
         return None
-    exact = {"scale": "fp32"} if getattr(codec, "scale", None) in ("ue8m0", "e8m0") else {}
+    # Without what only the stored parts told; powers of two are kept as float32 there.
+    fields = dataclasses.fields(codec)  # type: ignore[arg-type]
+    changes = {f.name: f.default for f in fields if f.metadata.get("stored")}
+    if getattr(codec, "scale", None) in ("ue8m0", "e8m0"):
+        changes["scale"] = "fp32"
     try:
-        moved: Codec = dataclasses.replace(codec, container=QUANT_METHOD, **exact)  # type: ignore[type-var]
+        moved: Codec = dataclasses.replace(codec, container=QUANT_METHOD, **changes)  # type: ignore[type-var]
     except FormatError:
         return None
     return moved if moved.quant_method == QUANT_METHOD else None
@@ -228,7 +232,7 @@ def _require_equal_sets(
     """Raise FormatError when layers that engines fuse would be stored in different formats."""
     sets: dict[str, tuple[str, str]] = {}
     for name, weight in source.weights.items():
-        key = fused_set(name)
+        key = weight.fused_set
         if key is None or weight.codec is None or weight.kind not in LINEAR_ROLES:
             continue
         form = format_name(chosen[name] or weight.codec)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from requant.convert.names import TensorName, fused_set
+from requant.convert.source import StoredWeight
 from requant.quant import Codec, format_name
 from requant.quant.codec import bits_per_weight
 from requant.quant.plain import Plain
@@ -34,19 +34,19 @@ def engine_notes(weights: Iterable[PlannedWeight]) -> Iterator[str]:
         codec = weight.written_codec
         if codec is None or isinstance(codec, Plain):
             continue
-        for rule in _broken(weight.source.name, weight.source.shape, codec):
+        for rule in _broken(weight.source, codec):
             broken.setdefault(rule, []).append(weight.source.name)
     for rule, names in broken.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"{names[0]}{more}: {rule}"
 
 
-def _broken(name: str, shape: tuple[int, ...], codec: Codec) -> Iterator[str]:
-    leaf = TensorName.parse(name).module.rpartition(".")[2]
-    rows, cols = shape
+def _broken(weight: StoredWeight, codec: Codec) -> Iterator[str]:
+    leaf = weight.module.rpartition(".")[2]
+    rows, cols = weight.shape
     if codec.name in _BLOCK_FORMATS:
         height, width = getattr(codec, "block_rows", 1), getattr(codec, "block_cols", 1)
-        joined = (fused_set(name) or "").rpartition(".")[2] in ("gate_up", "w13", "qkv", "wqkv")
+        joined = (weight.fused_set or "").rpartition(".")[2] in ("gate_up", "w13", "qkv", "wqkv")
         if joined and rows % height:
             yield (
                 f"vLLM and SGLang join it with its neighbours and need whole blocks: {rows} rows "

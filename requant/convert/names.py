@@ -168,7 +168,9 @@ def is_index(component: str) -> bool:
 
 def _number(components: list[str], after: str) -> int | None:
     """The integer component that follows `after`, as in layers.3 or experts.7."""
-    for word, number in zip(components, components[1:], strict=False):
-        if word == after and is_index(number):
-            return int(number)
+    place = -1
+    while after in components[place + 1 : -1]:
+        place = components.index(after, place + 1)
+        if is_index(components[place + 1]):
+            return int(components[place + 1])
     return None

@@ -19,7 +19,7 @@ from requant.convert.containers import choose_codecs, expert_dtype, quantization
 from requant.convert.engines import engine_notes
 from requant.convert.header import layout
 from requant.convert.lossless import keeps_values
-from requant.convert.names import TensorName, fused_set, setting
+from requant.convert.names import setting
 from requant.convert.recipe import Recipe
 from requant.convert.source import SINGLE_NAME, Checkpoint, StoredWeight
 from requant.errors import FormatError
@@ -174,7 +174,7 @@ def _companions(
     """For every fused set that is encoded in a format with one summary a set: its weights."""
     sets: dict[str, tuple[StoredWeight, ...]] = {}
     for name, codec in chosen.items():
-        key = fused_set(name)
+        key = source.weights[name].fused_set
         if codec is not None and codec.shares_summary and key is not None:
             sets[key] = (*sets.get(key, ()), source.weights[name])
     return sets
@@ -199,7 +199,7 @@ def _plan_weight(
     kept = keeps_values(source, weight, codec)
     companions: tuple[StoredWeight, ...] = ()
     if codec.two_pass and not kept.repack:
-        companions = sets.get(fused_set(weight.name) or "", (weight,))
+        companions = sets.get(weight.fused_set or "", (weight,))
     return PlannedWeight(weight, codec, specs, kept.lossless, kept.repack, kept.reason, companions)
 
 
@@ -262,4 +262,4 @@ def _config(
 
 
 def _is_eh_proj(weight: StoredWeight) -> bool:
-    return TensorName.parse(weight.name).module.rpartition(".")[2] == "eh_proj"
+    return weight.module.rpartition(".")[2] == "eh_proj"

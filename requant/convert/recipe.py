@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from requant.convert.names import LINEAR_ROLES, ROLES, TensorName, setting
+from requant.convert.names import LINEAR_ROLES, ROLES, setting
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.errors import FormatError, RequantError
 from requant.quant import CODECS, Codec, format_name, parse_format
@@ -52,7 +52,7 @@ class Recipe:
         """The codec this weight is to be written in; None to keep it as it is stored."""
         if weight.codec is None or weight.kind not in LINEAR_ROLES:
             return None
-        module = TensorName.parse(weight.name).module
+        module = weight.module
         for pattern, codec in self.modules.items():
             if fnmatch.fnmatchcase(module, pattern):
                 return codec
@@ -63,9 +63,7 @@ class Recipe:
         if self.preset:
             return
         modules = {
-            TensorName.parse(weight.name).module
-            for weight in source.weights.values()
-            if weight.kind in LINEAR_ROLES
+            weight.module for weight in source.weights.values() if weight.kind in LINEAR_ROLES
         }
         left = set(modules)
         for pattern in self.modules:

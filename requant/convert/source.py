@@ -21,7 +21,7 @@ import torch
 
 from requant.convert.fused import StoredPart, split_experts
 from requant.convert.header import read_exactly, read_header
-from requant.convert.names import Role, TensorName, kind_of, role_of, setting
+from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
 from requant.errors import CheckpointError, FormatError
 from requant.quant import (
     ACTIVATION_PARTS,
@@ -43,6 +43,9 @@ MODELOPT_NAME = "hf_quant_config.json"
 _NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
 #: Largest part whose bytes are looked at when a checkpoint is opened.
 MAX_CONTENT_BYTES = 1 << 16
+
+#: Names of the config's groups that apply, and the parts' specs -> the codec that reads them.
+_Detected = dict[tuple[tuple[str, ...], tuple[tuple[str, TensorSpec], ...]], Codec]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,17 @@ class StoredWeight:
         """The file that holds the codes (the largest part); scales may lie elsewhere."""
         return max(self.parts.values(), key=lambda part: part.spec.nbytes).location.file
 
-    @property
+    @cached_property
+    def module(self) -> str:
+        """The layer's name: all before the part."""
+        return TensorName.parse(self.name).module
+
+    @cached_property
+    def fused_set(self) -> str | None:
+        """What identifies the layers that engines fuse with this one; None when it stands alone."""
+        return fused_set(self.name)
+
+    @cached_property
     def kind(self) -> Role:
         """What it is for by its own name; differs from `role` in an MTP layer only."""
         return kind_of(self.name, self.shape)
@@ -252,13 +265,19 @@ class Checkpoint:
                 )
             parts[parsed.part] = tensor
         weights: dict[str, StoredWeight] = {}
+        detected: _Detected = {}
         for name, parts in modules.items():
-            for weight in self._stored_weights(name, parts):
+            for weight in self._stored_weights(name, parts, detected):
                 weights[weight.name] = weight
         return weights
 
-    def _stored_weights(self, name: str, parts: dict[str, StoredPart]) -> Iterator[StoredWeight]:
-        """The weight of these parts; several where parts turn out to be tensors of their own."""
+    def _stored_weights(
+        self, name: str, parts: dict[str, StoredPart], detected: _Detected
+    ) -> Iterator[StoredWeight]:
+        """The weight of these parts; several where parts turn out to be tensors of their own.
+
+        `detected` remembers the formats found so far: ten thousands of experts are alike.
+        """
         activations = {p: t for p, t in parts.items() if p in ACTIVATION_PARTS}
         encoded = {p: t for p, t in parts.items() if p not in ACTIVATION_PARTS}
         if not _is_encoded(encoded):
@@ -268,12 +287,16 @@ class Checkpoint:
         module = name.removesuffix(".weight")
         config = narrow(self.quantization_config or {}, module)
         try:
-            codec = detect_format({p: t.spec for p, t in encoded.items()}, config)
+            specs = {p: t.spec for p, t in encoded.items()}
+            key = tuple(config.get("config_groups") or ()), tuple(specs.items())
+            if key not in detected:
+                detected[key] = detect_format(specs, config)
+            codec = detected[key]
             if codec.needs_content:
                 codec = codec.with_content(
                     {p: self._content(encoded[p]) for p in codec.needs_content}
                 )
-            shape = codec.shape({p: t.spec for p, t in encoded.items()})
+            shape = codec.shape(specs)
         except FormatError as error:
             raise FormatError(f"{self.path}: {name}: {error}") from error
         role = role_of(name, shape, self.config)
