@@ -75,6 +75,7 @@ def quantization_config(
             kept.add(module)
     if not modules:
         return None
+    kept -= {source.weights[name].module for names in modules.values() for name in names}
     first = _leader(linear or modules)
     stored = source.quantization_config or {}
     if first.quant_method != QUANT_METHOD:
@@ -82,11 +83,11 @@ def quantization_config(
         copied = not any(chosen[name] for names in modules.values() for name in names)
         return _in_words_of(stored, config or {}) if copied else config
     groups: dict[str, list[str]] = {}
-    for codec, names in modules.items():
-        for name in names:
-            groups.setdefault(_scheme(source, name, chosen[name], codec), []).append(
-                source.weights[name].module
-            )
+    pairs = [(source.weights[name], codec) for codec, names in modules.items() for name in names]
+    # transformers takes the first group that speaks of experts, shared ones too, for the routed.
+    for weight, codec in sorted(pairs, key=lambda pair: pair[0].kind != "routed_expert"):
+        scheme = _scheme(source, weight.name, chosen[weight.name], codec)
+        groups.setdefault(scheme, []).append(weight.module)
     every = [weight.module for weight in source.weights.values()]
     ignored = module_patterns(kept, every)
     if len(groups) == 1:
@@ -122,10 +123,9 @@ def _in_words_of(stored: Mapping[str, Any], config: dict[str, Any]) -> dict[str,
 def _scheme(source: Checkpoint, name: str, chosen: Codec | None, codec: Codec) -> str:
     """A weight's compressed-tensors scheme as JSON: the source's own for what is copied."""
     stored = None
-    if chosen is None:
-        stored = stored_scheme(
-            narrow(source.quantization_config or {}, name.removesuffix(".weight"))
-        )
+    config = source.quantization_config or {}
+    if chosen is None and config.get("quant_method") == QUANT_METHOD:
+        stored = stored_scheme(narrow(config, name.removesuffix(".weight")))
     return json.dumps(stored or codec.scheme())
 
 

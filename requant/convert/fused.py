@@ -66,7 +66,8 @@ def split_experts(
             continue
         if match["part"] == "_scale_inv" and match["leaf"] == "gate_up_proj":
             _require_whole_blocks(name, tensors, config)
-        for view in _views(tensor, match["experts"], match["leaf"], match["part"], config):
+        turned = match["part"] == "" and _is_transposed(name, match["leaf"], tensors, config)
+        for view in _views(tensor, match["experts"], match["leaf"], match["part"], turned, config):
             if view.name in split or view.name in tensors:
                 raise CheckpointError(f"{name}: holds {view.name}, which is also stored by itself")
             split[view.name] = view
@@ -88,13 +89,17 @@ def _require_whole_blocks(
 
 
 def _views(
-    tensor: StoredPart, experts: str, leaf: str, part: str, config: Mapping[str, Any]
+    tensor: StoredPart,
+    experts: str,
+    leaf: str,
+    part: str,
+    transposed: bool,
+    config: Mapping[str, Any],
 ) -> Iterator[StoredPart]:
     count, *shape = tensor.spec.shape
     itemsize = DTYPE_BITS[tensor.spec.dtype] // 8
     nbytes = math.prod(shape) * itemsize
     whole = TensorSpec(tensor.spec.dtype, tuple(shape))
-    transposed = part == "" and _is_transposed(leaf, shape, config)
     interleaved = part in ("_blocks", "_scales") or setting(config, "model_type") == "gpt_oss"
     for expert in range(count):
         begin = tensor.location.begin + expert * nbytes
@@ -110,14 +115,20 @@ def _views(
             yield replace(view, name=f"{experts}.{expert}.{projection}.{_PARTS[part]}")
 
 
-def _is_transposed(leaf: str, shape: list[int], config: Mapping[str, Any]) -> bool:
-    """Whether a plain expert is stored [in, out]: by family, else by where hidden_size stands."""
-    if setting(config, "model_type") in ("gpt_oss", "llama4", "llama4_text"):
-        return True
-    hidden = setting(config, "hidden_size")
-    stored_in_out = shape[0] == hidden if leaf == "gate_up_proj" else shape[1] == hidden
-    stored_out_in = shape[1] == hidden if leaf == "gate_up_proj" else shape[0] == hidden
-    return stored_in_out and not stored_out_in
+def _is_transposed(
+    name: str, leaf: str, tensors: Mapping[str, StoredPart], config: Mapping[str, Any]
+) -> bool:
+    """Whether plain experts are stored [in, out], by where hidden_size stands.
+
+    One of the two tensors may be square, the other is not then.
+    """
+    hidden: object = setting(config, "hidden_size")
+    for other in ("gate_up_proj", "down_proj"):
+        beside = tensors.get(other.join(name.rsplit(leaf, 1)))
+        shape = beside.spec.shape[1:] if beside is not None else ()
+        if len(shape) == 2 and (shape[0] == hidden) != (shape[1] == hidden):
+            return (shape[0] == hidden) == (other == "gate_up_proj")
+    return False
 
 
 def _transpose(one: StoredPart, itemsize: int) -> StoredPart:

@@ -20,7 +20,6 @@ from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
 from requant.quant.plain import Plain
 
-
 #: Of fewer scales, random ones say too little: they are read instead, which costs nothing.
 _FEW_SCALES = 4096
 

@@ -132,7 +132,9 @@ class Plan:
             "not_lossless": [
                 {"tensor": w.source.name, "reason": w.reason} for w in converted if w.reason
             ],
-            "engine_notes": list(engine_notes(self.weights)),
+            "engine_notes": list(
+                engine_notes(self.weights, setting(self.source.config, "model_type"))
+            ),
             "ignored_files": self.source.ignored_files,
             "dropped_tensors": sorted(
                 part.name for w in converted for part in w.source.activations.values()
@@ -149,6 +151,11 @@ def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False
     """Plan a conversion. Raises FormatError, naming the tensor, for what cannot be written."""
     recipe.require_effect(source)
     chosen = choose_codecs(source, recipe)
+    if any(chosen.values()) and (source.quantization_config or {}).get("transform_config"):
+        raise FormatError(
+            f"{source.path}: its weights are rotated (transform_config), and engines undo that by "
+            "a config that requant does not write; convert the checkpoint it was made from"
+        )
     sets = _companions(source, chosen)
     by_file: dict[str, list[PlannedWeight]] = {}
     refused: list[FormatError] = []

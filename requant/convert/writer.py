@@ -23,7 +23,9 @@ PARTIAL_SUFFIX = ".partial"
 
 #: What is never copied beside the weights: weights in any container, and what describes them.
 _WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .gguf .onnx .h5 .msgpack".split())
-_DESCRIPTIONS = frozenset({"config.json", "hf_quant_config.json", MANIFEST_NAME, JOURNAL_NAME})
+_DESCRIPTIONS = frozenset(
+    {"config.json", "hf_quant_config.json", "quantize_config.json", MANIFEST_NAME, JOURNAL_NAME}
+)
 
 
 class OutputFile:

@@ -68,6 +68,7 @@ PART_NAMES: frozenset[str] = frozenset(
     | {"weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx", "weight_packed"}
     | {"weight_shape", "weight_global_scale", "weight_scale_2", "scale", "qscale_weight"}
     | {"weight_blocks", "weight_scales"}
+    | {"pre_quant_scale"}  # of ModelOpt's AWQ: no format reads it, and without it values are wrong
     | {"qweight", "qzeros", "scales", "g_idx"}
     | {f"weight.{name}" for name in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}
     | {f"weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4")}
