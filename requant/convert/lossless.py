@@ -44,8 +44,9 @@ def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kep
     repack = not isinstance(target, Plain)
     if _always(stored, target, (rows, cols)):
         return Kept(True, repack)
-    if not repack and getattr(stored, "scale", "e8m0") not in ("ue8m0", "e8m0"):
-        return Kept(False)  # scales of many digits: the products are rounded
+    powers_of_two = getattr(stored, "scale", None) == "ue8m0"  # in a dtype of many digits
+    if not repack and not powers_of_two and not _ever(stored, target, (rows, cols)):
+        return Kept(False)  # products of too many digits
     specs = stored.specs(rows, cols)
     scales = {
         part: source.read_part(weight.parts[part], specs[part], 0, rows)
@@ -64,10 +65,21 @@ def _always(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
     specs = stored.specs(*shape)
     if max(math.prod(spec.shape) for spec in _without_codes(specs).values()) < _FEW_SCALES:
         return False
+    return _takes(stored, target, shape, tame=False)
+
+
+@lru_cache(maxsize=1024)
+def _ever(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
+    """Whether `target` takes codes of `stored` with scales of any digits, but of usual size."""
+    return _takes(stored, target, shape, tame=True)
+
+
+def _takes(stored: Codec, target: Codec, shape: tuple[int, int], tame: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
-    wild = {p: _wild(spec, shape, generator) for p, spec in _without_codes(specs).items()}
+    specs = _without_codes(stored.specs(*shape))
+    made_up = {part: _random(spec, shape, generator, tame) for part, spec in specs.items()}
     try:
-        target.pack(stored.unpack(wild, shape), shape)
+        target.pack(stored.unpack(made_up, shape), shape)
     except FormatError:
         return False
     return True
@@ -79,14 +91,21 @@ def _without_codes(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {part: spec for part, spec in specs.items() if part != codes}
 
 
-def _wild(spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Any finite positive value of the dtype; the true shape where a part tells it."""
+#: Bits of a small and of a large positive number of each dtype; of a tame pair, near 1.
+_WILD = {"U8": (1, 0xFF), "F8_E8M0": (1, 0xFF), "F8_E4M3": (1, 0x7F)}
+_WILD |= {"F16": (1, 0x7C00), "BF16": (1, 0x7F80), "F32": (1, 0x7F800000), "I32": (1, 1 << 30)}
+_TAME = _WILD | {"U8": (120, 134), "F8_E8M0": (120, 134), "F8_E4M3": (0x20, 0x50)}
+_TAME |= {"F16": (0x3000, 0x4400), "BF16": (0x3C00, 0x4200), "F32": (0x3C000000, 0x42000000)}
+
+
+def _random(
+    spec: TensorSpec, shape: tuple[int, int], generator: torch.Generator, tame: bool
+) -> torch.Tensor:
+    """Positive values of the dtype, of any bits; the true shape where a part tells it."""
     if spec.dtype == "I64":
         return torch.tensor(shape)
     dtype = TORCH_DTYPES[spec.dtype]
-    count = max(TensorSpec("U8", spec.shape).nbytes, 1)
-    limits = {1: 0x7F if spec.dtype != "F8_E8M0" else 0xFF, 2: 0x7C00, 4: 0x7F800000}
-    limit = 0xFF if spec.dtype == "U8" else limits[dtype.itemsize]
+    low, high = (_TAME if tame else _WILD)[spec.dtype]
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    bits = torch.randint(1, limit, (count,), generator=generator).to(width)
+    bits = torch.randint(low, high, (math.prod(spec.shape),), generator=generator).to(width)
     return bits.view(dtype).reshape(spec.shape)

@@ -6,6 +6,7 @@ Output files mirror the source's files: a weight goes where its codes were, its 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -24,6 +25,7 @@ from requant.convert.recipe import Recipe
 from requant.convert.source import SINGLE_NAME, Checkpoint, StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec, format_name
+from requant.quant.compressed_tensors import QUANT_METHOD
 from requant.quant.plain import Plain
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
@@ -204,10 +206,29 @@ def _plan_weight(
     except FormatError as error:
         raise FormatError(f"{weight.name}: {error}") from error
     kept = keeps_values(source, weight, codec)
+    other = _with_stored_scales(codec, weight.codec)
+    if kept.reason is not None and other is not None:
+        better = keeps_values(source, weight, other)
+        if better.lossless:
+            codec, specs, kept = other, other.specs(rows, cols), better
     companions: tuple[StoredWeight, ...] = ()
     if codec.two_pass and not kept.repack:
         companions = sets.get(weight.fused_set or "", (weight,))
     return PlannedWeight(weight, codec, specs, kept.lossless, kept.repack, kept.reason, companions)
+
+
+def _with_stored_scales(target: Codec, stored: Codec | None) -> Codec | None:
+    """An integer format of compressed-tensors that asks for no dtype of scales, with the source's:
+    engines take any. (FP8's scales differ in more than their dtype.)"""
+    wanted, found = getattr(target, "scale", None), getattr(stored, "scale", None)
+    asked = wanted != getattr(type(target), "scale", None)
+    integers = target.alphabet in ("int4", "int8") and target.quant_method == QUANT_METHOD
+    if not integers or asked or wanted is None or found is None:
+        return None
+    try:
+        return dataclasses.replace(target, scale=found)  # type: ignore[type-var]
+    except FormatError:
+        return None
 
 
 def _require_lossless(plan: Plan) -> None:

@@ -102,7 +102,8 @@ def upcast_e2m1(
 
     The new scale is the block's largest / 2^headroom, and the codes take the difference: exact as
     long as the exponents in a block span at most 14 (8 + headroom). Source: DeepSeek-V4's
-    inference/convert.py. Raises FormatError when they span more.
+    inference/convert.py. Raises FormatError when they span more. A group with the byte 0 counts as
+    one of zeros, whose exponent means nothing; other codes in it are refused.
     """
     if codes.divisor is not None:
         raise FormatError("FP4 codes with a global scale have no power-of-two scales to share")
@@ -116,7 +117,8 @@ def upcast_e2m1(
             )
     counts = -(-block[0] // group[0]), -(-block[1] // group[1])
     top = _reduce(exponent, counts, 0).amax((1, 3))
-    span = top.to(torch.int32) - _reduce(exponent, counts, 255).amin((1, 3))
+    least = _reduce(exponent.masked_fill(exponent == 0, 255), counts, 255).amin((1, 3))
+    span = top.to(torch.int32) - least
     widest = int(span.max())
     if widest > headroom - _LOWEST_SHIFT:
         row, col = divmod(int(span.flatten().argmax()), span.shape[1])
@@ -131,6 +133,11 @@ def upcast_e2m1(
     each = base.repeat_interleave(counts[0], 0)[: exponent.shape[0]]
     each = each.repeat_interleave(counts[1], 1)[:, : exponent.shape[1]]
     entry = (exponent - each).sub_(_LOWEST_SHIFT).mul_(16)  # where the table has this shift
+    lost = (entry < 0).repeat_interleave(group[0], 0)[: tile[0]]
+    lost = lost.repeat_interleave(group[1], 1)[:, : tile[1]]
+    if bool((lost & ((codes.codes & 7) != 0)).any()):
+        raise FormatError("holds FP4 values near 2^-127 beside far larger ones; re-quantize it")
+    entry = entry.clamp_min_(0)
     entry = entry.repeat_interleave(group[0], 0)[: tile[0]]
     entry = entry.repeat_interleave(group[1], 1)[:, : tile[1]].add_(codes.codes)
     table = _upcast_table(entry.device)

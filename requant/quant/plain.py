@@ -89,8 +89,7 @@ class Plain(Codec):
         if bool((scale.view(torch.int32) & ((1 << (24 - spare)) - 1)).any()):
             raise FormatError(f"{self.name} rounds: a scale has over {spare} significant bits")
         if scale.numel():
-            power_of_two = not bool((scale.view(torch.int32) & 0x7FFFFF).any())
-            low = float(scale.amin()) * step * (1.0 if power_of_two else 2.0 ** (1 - spare))
+            low = float(_lowest_bits(scale).amin()) * step
             high = float(scale.amax()) * largest
             if low < lowest or high > torch.finfo(TORCH_DTYPES[self.dtype]).max:
                 raise FormatError(f"{self.name} cannot reach values from {low:.3g} to {high:.3g}")
@@ -103,3 +102,10 @@ class Plain(Codec):
         if set(parts) == {"weight"} and parts["weight"].dtype == self.dtype:
             return self
         return None
+
+
+def _lowest_bits(values: torch.Tensor) -> torch.Tensor:
+    """The worth of each positive float32's lowest bit that is set, in float64."""
+    mantissa, exponent = torch.frexp(values.to(torch.float64))
+    digits = (mantissa * 2.0**53).to(torch.int64)  # all significant bits, as an integer
+    return torch.ldexp((digits & -digits).to(torch.float64), exponent - 53)
