@@ -202,7 +202,7 @@ def test_an_interrupt_exits_130(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_drain", interrupted)
+    monkeypatch.setattr(run, "_fill", interrupted)
     args = ["convert", source("bf16"), tmp_path / "out", "--to", "fp32"]
     check(args, exit=130, error="interrupted; repeat the command to continue")
     assert not (tmp_path / "out").exists()

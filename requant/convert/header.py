@@ -2,8 +2,7 @@
 
 Source: huggingface/safetensors 0.8.0, README.md and safetensors/src/tensor.rs. A file is a
 little-endian u64 header length, that many bytes of JSON padded with spaces so that the data starts
-8-aligned, then the data: tensors back to back, no holes, no overlap. `layout` orders tensors as the
-reference writer does (widest dtype first, then by name), so its bytes equal `save_file`'s.
+8-aligned, then the data: tensors back to back, no holes, no overlap, in any order.
 """
 
 from __future__ import annotations
@@ -23,11 +22,8 @@ from requant.quant.codec import DTYPE_BITS, TensorSpec
 #: The reference reader refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
 
-#: The reference writer's order of dtypes, widest last; tensors are stored in the reverse of it.
-_DTYPE_ORDER = (
-    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ "
-    "I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64"
-).split()
+#: Where the data of a written file starts is a multiple of this.
+DATA_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
@@ -96,8 +92,14 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, Location]]:
 
 
 def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file that will hold `specs`, and each tensor's absolute byte range."""
-    order = sorted(specs, key=lambda name: (-_DTYPE_ORDER.index(specs[name].dtype), name))
+    """The first bytes of a file that will hold `specs`, and each tensor's absolute byte range.
+
+    Tensors lie in the order given, so that a file can be written from front to back, but for those
+    whose size is no multiple of 8: they come last, the widest dtype first. So every tensor starts
+    on a multiple of its element's size, which readers that view bytes as numbers need. The data
+    starts on a multiple of 4096, as direct input and output wants.
+    """
+    order = sorted(specs, key=lambda name: _tail_rank(specs[name]))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ranges: dict[str, tuple[int, int]] = {}
     offset = 0
@@ -111,10 +113,15 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, tuple[int,
         }
         offset += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     start = 8 + len(text)
     prefix = len(text).to_bytes(8, "little") + text
     return prefix, {name: (start + b, start + e) for name, (b, e) in ranges.items()}
+
+
+def _tail_rank(spec: TensorSpec) -> int:
+    """0 for what is a multiple of 8 bytes; else the higher the narrower its elements."""
+    return 0 if spec.nbytes % 8 == 0 else 8 - DTYPE_BITS[spec.dtype] // 8
 
 
 def _parse_entry(where: str, entry: object, file: str, start: int) -> tuple[TensorSpec, Location]:

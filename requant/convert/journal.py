@@ -1,7 +1,7 @@
 """What is finished in an output folder, so that the same command continues after a crash.
 
 One JSON line per event in OUT/.requant-journal.jsonl: first the plan's key, then each finished file
-with its size. It is removed when the conversion is complete; from then on OUT/requant.json, which
+with its size and SHA-256. It is removed when the conversion is complete; from then on OUT/requant.json, which
 holds the same key, says what the folder is.
 """
 
@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from requant.errors import CheckpointError
 
 JOURNAL_NAME = ".requant-journal.jsonl"
 MANIFEST_NAME = "requant.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a complete file has: its size in bytes, and the SHA-256 of them in hex."""
+
+    nbytes: int
+    sha256: str
 
 
 class Journal:
@@ -40,10 +49,10 @@ class Journal:
             self.close()
             raise
 
-    def finish(self, file: str, nbytes: int) -> None:
+    def finish(self, file: str, facts: Finished) -> None:
         """Record that a file is complete under its final name."""
-        self._append({"file": file, "nbytes": nbytes})
-        self.finished[file] = nbytes
+        self._append({"file": file, **asdict(facts)})
+        self.finished[file] = facts
 
     def remove(self) -> None:
         """The conversion is complete."""
@@ -54,7 +63,7 @@ class Journal:
         """Release the folder."""
         self._file.close()
 
-    def _claim(self, out: Path, key: str) -> dict[str, int]:
+    def _claim(self, out: Path, key: str) -> dict[str, Finished]:
         """Lock the folder; what is finished in it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +75,10 @@ class Journal:
             raise CheckpointError(f"{out}: another requant has just finished it")
         try:
             events = self._read()
-            finished = {str(event["file"]): int(event["nbytes"]) for event in events[1:]}
+            finished = {
+                str(event["file"]): Finished(int(event["nbytes"]), str(event["sha256"]))
+                for event in events[1:]
+            }
             found = events[0]["key"] if events else key
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path}: damaged ({error}); remove {out}") from error

@@ -55,6 +55,14 @@ class PlannedWeight:
             return {**self.source.parts, **self.source.activations}[part].name
         return self.source.name.removesuffix("weight") + part
 
+    @cached_property
+    def streamed(self) -> str | None:
+        """The part that can be written as its tiles come: the first, unless it is cut along its
+        columns or of an odd size; what is copied is written part by part."""
+        part, spec = next(iter(self.specs.items()))
+        in_order = spec.axis == 0 and spec.rows != 0 and spec.nbytes % 8 == 0
+        return part if in_order else None
+
     @property
     def written_codec(self) -> Codec | None:
         """The codec that reads the result; None for a tensor that is no matrix."""
@@ -245,6 +253,8 @@ def _require_lossless(plan: Plan) -> None:
 
 
 def _plan_file(name: str, weights: list[PlannedWeight]) -> PlannedFile:
+    """Lay a file out in the order of the source's, so that both are read and written in one go."""
+    weights = sorted(weights, key=lambda weight: weight.source.codes.location.begin)
     header, ranges = layout({w.stored_name(p): s for w in weights for p, s in w.specs.items()})
     nbytes = max((end for _, end in ranges.values()), default=len(header))
     return PlannedFile(name, header, nbytes, ranges, tuple(weights))

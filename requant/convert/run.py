@@ -15,8 +15,8 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import requant
-from requant.convert.fused import StoredPart
-from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Journal, read_manifest
+from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Finished, Journal, read_manifest
 from requant.convert.plan import Plan, PlannedFile, PlannedWeight
 from requant.convert.source import INDEX_NAME, Checkpoint, StoredWeight, iter_tiles
 from requant.convert.writer import (
@@ -38,10 +37,12 @@ from requant.convert.writer import (
     writing,
 )
 from requant.errors import CheckpointError, FormatError, RequantError
-from requant.quant import Codec
+from requant.quant import Codec, TensorSpec
 
-#: Elements a worker holds at a time; about 10 bytes each at the peak of encoding.
+#: Elements that are decoded and encoded at a time, about 10 bytes each at the peak of encoding,
+#: and how many are one step of work.
 TILE_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 22
 #: Bytes a worker copies at a time.
 COPY_BYTES = 1 << 23
 
@@ -51,7 +52,6 @@ TALL_ROWS = 1024
 IN_FLIGHT = 8
 
 Progress = Callable[[int], None]
-Task = Callable[[], int]
 T = TypeVar("T")
 
 
@@ -111,8 +111,8 @@ def _claim(plan: Plan, out: Path) -> Journal:
     with writing(out / MANIFEST_NAME):
         journal = Journal(out, plan.key)
     sizes = {file.name: file.nbytes for file in plan.files}
-    for name, nbytes in list(journal.finished.items()):
-        path = out / name
+    for name, facts in list(journal.finished.items()):
+        path, nbytes = out / name, facts.nbytes
         if sizes.get(name) != nbytes or not path.is_file() or path.stat().st_size != nbytes:
             del journal.finished[name]
     return journal
@@ -123,7 +123,7 @@ def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
     for file in plan.files:  # what a killed run left half-written is room
         with writing(out):
             (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-    needed = plan.written_bytes - sum(journal.finished.values())
+    needed = plan.written_bytes - sum(facts.nbytes for facts in journal.finished.values())
     free = shutil.disk_usage(out).free
     if needed > free:
         raise CheckpointError(
@@ -148,45 +148,102 @@ def _write_files(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a sum over several threads depends on their number
     try:
-        with ThreadPoolExecutor(runtime.workers) as pool:
-            summaries = Summaries(plan.source, runtime.device, pool)
+        with ThreadPoolExecutor(runtime.workers) as pool, plan.source.past_the_cache():
+            steps = Steps(plan.source, runtime, pool)
             for planned in plan.files:
                 if planned.name in journal.finished:
                     progress(sum(weight.source.nbytes for weight in planned.weights))
                     continue
                 file = OutputFile(out / planned.name, planned.nbytes)
                 try:
-                    file.write(0, planned.header)
-                    tasks = _tasks(plan.source, planned, file, runtime.device, summaries)
-                    _drain(pool, tasks, 2 * runtime.workers, progress)
-                    file.commit()
+                    _fill(Builder(planned, file), steps, progress)
+                    digest = file.commit()
                 except BaseException:
                     file.abandon()
                     raise
                 with writing(journal.path):
-                    journal.finish(planned.name, planned.nbytes)
+                    journal.finish(planned.name, Finished(planned.nbytes, digest))
     finally:
         torch.set_num_threads(threads)
 
 
-def _drain(
-    pool: ThreadPoolExecutor, tasks: Iterator[Task], in_flight: int, progress: Progress
-) -> None:
-    """Run tasks with at most `in_flight` of them submitted; the first error ends all."""
-    pending: set[Future[int]] = set()
+def _fill(builder: Builder, steps: Steps, progress: Progress) -> None:
+    """Compute pieces with all workers, a few ahead, and append them in order."""
+    pending: deque[Future[Piece]] = deque()
+
+    def take() -> None:
+        piece = pending.popleft().result()
+        builder.add(piece)
+        progress(piece.read_bytes)
+
     try:
-        for task in tasks:
-            pending.add(pool.submit(task))
-            if len(pending) >= in_flight:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    progress(future.result())
-        for future in pending:
-            progress(future.result())
+        for work in steps.of(builder.planned):
+            pending.append(steps.pool.submit(work))
+            if len(pending) > steps.workers + 1:
+                take()
+        while pending:
+            take()
+        builder.finish()
     finally:
         for future in pending:
             future.cancel()
         wait(pending)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step gave of one weight: consecutive tiles of its parts. `last`: there is no more.
+
+    `read_bytes` of the source it took.
+    """
+
+    weight: PlannedWeight
+    tiles: Sequence[Mapping[str, torch.Tensor]]
+    last: bool
+    read_bytes: int
+
+
+class Builder:
+    """Puts pieces where the header says: the codes as they come, what is small after them."""
+
+    def __init__(self, planned: PlannedFile, file: OutputFile) -> None:
+        self.planned = planned
+        self._file = file
+        self._held: dict[str, list[torch.Tensor]] = {}
+        file.append(planned.header)
+
+    def add(self, piece: Piece) -> None:
+        """Append the next piece of the next weight."""
+        weight = piece.weight
+        for tile in piece.tiles:
+            for part, tensor in tile.items():
+                if part == weight.streamed:
+                    self._file.append(tensor)
+                else:
+                    self._held.setdefault(weight.stored_name(part), []).append(tensor)
+        if not piece.last:
+            return
+        for part, spec in weight.specs.items():
+            name = weight.stored_name(part)
+            if part != weight.streamed and spec.nbytes % 8 == 0:
+                self._append_held(name, spec)
+
+    def finish(self) -> None:
+        """Append the odd-sized tensors, which `layout` put last."""
+        specs = {w.stored_name(p): s for w in self.planned.weights for p, s in w.specs.items()}
+        for name in self.planned.ranges:
+            if name in self._held:
+                self._append_held(name, specs[name])
+
+    def _append_held(self, name: str, spec: TensorSpec) -> None:
+        tiles = self._held.pop(name)
+        if spec.rows == 0 or len(tiles) == 1:  # of the whole weight: every tile has it
+            self._file.append(tiles[0])
+        elif spec.axis == 0:
+            for tile in tiles:
+                self._file.append(tile)
+        else:
+            self._file.append(torch.cat(tiles, spec.axis))
 
 
 class Summaries:
@@ -218,7 +275,7 @@ class Summaries:
         measured: list[torch.Tensor] = []
         pending: deque[Future[torch.Tensor]] = deque()
         for stored in companions:
-            for start, stop in _tile_ranges(stored, codec):
+            for start, stop in _ranges(stored, codec, CHUNK_ELEMENTS):
                 pending.append(self._pool.submit(measure, stored, start, stop))
                 if len(pending) >= IN_FLIGHT:
                     measured.append(pending.popleft().result())
@@ -226,97 +283,87 @@ class Summaries:
         return codec.summarize(measured)
 
 
-def _tasks(
-    source: Checkpoint,
-    planned: PlannedFile,
-    file: OutputFile,
-    device: torch.device,
-    summaries: Summaries,
-) -> Iterator[Task]:
-    """One task per tile of each weight, in the order the bytes lie in the source."""
-    for weight in sorted(planned.weights, key=_source_offset):
-        if weight.codec is None:
-            yield from _copy_tasks(source, weight, planned, file)
-            continue
-        if weight.repack:
-            convert = partial(_repack, source, weight)
-        else:
-            convert = partial(_encode, source, weight, device, summaries.of(weight))
-        for start, stop in _tile_ranges(weight.source, weight.codec):
-            yield partial(_convert_tile, convert, weight, planned, file, start, stop)
+class Steps:
+    """The work on a file, in the order of its bytes: functions that any thread may run."""
+
+    def __init__(self, source: Checkpoint, runtime: Runtime, pool: ThreadPoolExecutor) -> None:
+        self.pool, self.workers = pool, runtime.workers
+        self._source, self._device = source, runtime.device
+        self._summaries = Summaries(source, runtime.device, pool)
+
+    def of(self, planned: PlannedFile) -> Iterator[Callable[[], Piece]]:
+        """One step a few tiles."""
+        for weight in planned.weights:
+            if weight.codec is None:
+                yield from self._copies(weight)
+                continue
+            if weight.repack:
+                convert = partial(_repack, self._source, weight)
+            else:
+                summary = self._summaries.of(weight)
+                convert = partial(_encode, self._source, weight, self._device, summary)
+            rows, _ = weight.source.shape
+            for start, stop in _ranges(weight.source, weight.codec, CHUNK_ELEMENTS):
+                last = stop == rows
+                yield partial(_convert, convert, weight, start, stop, last)
+
+    def _copies(self, weight: PlannedWeight) -> Iterator[Callable[[], Piece]]:
+        """The stored bytes in pieces; of a view that lies scattered, in whole rows."""
+        stored = {**weight.source.parts, **weight.source.activations}
+        for part, tensor in stored.items():
+            final = part == next(reversed(stored))
+            whole = tensor.strides is None
+            total = tensor.spec.nbytes if whole else tensor.spec.shape[0]
+            step = COPY_BYTES if whole else max(1, COPY_BYTES * total // (tensor.spec.nbytes or 1))
+            for start in range(0, max(total, 1), step):
+                stop = min(start + step, total)
+                last = final and stop == total
+                yield partial(_copy, self._source, weight, part, start, stop, last)
 
 
-def _tile_ranges(stored: StoredWeight, codec: Codec) -> Iterator[tuple[int, int]]:
-    """Tiles that both formats can take. Where rows lie along the columns of a stored part, tiles
-    are tall, so that each piece of it is a few KiB long."""
+def _ranges(
+    stored: StoredWeight, codec: Codec, elements: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Runs of rows start:stop of about `elements` elements that both formats can take. Where rows
+    lie along the columns of a stored part, tiles are tall, so that each piece of it is long."""
     rows, cols = stored.shape
     alignment = math.lcm(codec.row_alignment(cols), stored.row_alignment)
     assert stored.codec is not None
-    specs = (*codec.specs(rows, cols).values(), *stored.codec.specs(rows, cols).values())
-    turned = [p for p in stored.parts.values() if p.strides is not None and p.strides[1]]
-    tall = turned or any(spec.axis == 1 for spec in specs)
-    elements = max(TILE_ELEMENTS, TALL_ROWS * cols) if tall else TILE_ELEMENTS
-    return iter_tiles(rows, cols, alignment, elements)
+    turned = any(p.strides is not None and p.strides[1] for p in stored.parts.values())
+    if turned or any(spec.axis == 1 for spec in stored.codec.specs(rows, cols).values()):
+        elements = max(elements, TALL_ROWS * cols)
+    for first, last in iter_tiles((stop or rows) - start, cols, alignment, elements):
+        yield start + first, start + last
 
 
-def _source_offset(weight: PlannedWeight) -> int:
-    return max(weight.source.parts.values(), key=lambda p: p.spec.nbytes).location.begin
+def _copy(
+    source: Checkpoint, weight: PlannedWeight, part: str, start: int, stop: int, last: bool
+) -> Piece:
+    """Bytes start:stop of a part, or its rows where it does not lie in one piece."""
+    stored = {**weight.source.parts, **weight.source.activations}[part]
+    if stored.strides is None:
+        begin = stored.location.begin
+        data = source.read_bytes(stored.location.file, begin + start, begin + stop)
+    else:
+        data = source.read_rows(stored, start, stop)
+    return Piece(weight, [{part: data}], last, data.nbytes)
 
 
-def _copy_tasks(
-    source: Checkpoint, weight: PlannedWeight, planned: PlannedFile, file: OutputFile
-) -> Iterator[Task]:
-    """Copy the stored bytes in pieces; of a view that lies scattered, in whole rows."""
-    for part, stored in (*weight.source.parts.items(), *weight.source.activations.items()):
-        target, _ = planned.ranges[weight.stored_name(part)]
-        begin, end = stored.location.begin, stored.location.end
-        if stored.strides is None:
-            for first in range(begin, end, COPY_BYTES):
-                last = min(first + COPY_BYTES, end)
-                offset = target + first - begin
-                yield partial(_copy_bytes, source, stored.location.file, first, last, file, offset)
-        else:
-            rows = stored.spec.shape[0]
-            row_bytes = stored.spec.nbytes // rows
-            step = max(1, COPY_BYTES // max(row_bytes, 1))
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                offset = target + start * row_bytes
-                yield partial(_copy_rows, source, stored, start, stop, file, offset)
-
-
-def _copy_bytes(
-    source: Checkpoint, name: str, begin: int, end: int, file: OutputFile, offset: int
-) -> int:
-    file.write(offset, source.read_bytes(name, begin, end))
-    return end - begin
-
-
-def _copy_rows(
-    source: Checkpoint, part: StoredPart, start: int, stop: int, file: OutputFile, offset: int
-) -> int:
-    rows = source.read_rows(part, start, stop)
-    file.write(offset, rows)
-    return rows.nbytes
-
-
-def _convert_tile(
+def _convert(
     convert: Callable[[int, int], Mapping[str, torch.Tensor]],
     weight: PlannedWeight,
-    planned: PlannedFile,
-    file: OutputFile,
     start: int,
     stop: int,
-) -> int:
-    """Convert rows start:stop and write every part where the plan placed it."""
+    last: bool,
+) -> Piece:
+    """Convert rows start:stop, a tile at a time."""
     stored = weight.source
-    parts = _of_rows(stored, start, stop, lambda: convert(start, stop))
-    for part, spec in weight.specs.items():
-        if spec.rows == 0 and start:
-            continue  # belongs to the whole weight: the first tile wrote it
-        begin, _ = planned.ranges[weight.stored_name(part)]
-        file.write_part(begin, spec, spec.row_range(start, stop)[0], parts[part].cpu())
-    return (stop - start) * stored.nbytes // stored.shape[0]
+    tiles = []
+    assert weight.codec is not None
+    for a, b in _ranges(stored, weight.codec, TILE_ELEMENTS, start, stop):
+        parts = _of_rows(stored, a, b, partial(convert, a, b))
+        tiles.append({part: parts[part].cpu() for part in weight.specs})
+    return Piece(weight, tiles, last, (stop - start) * stored.nbytes // stored.shape[0])
 
 
 def _encode(
@@ -366,7 +413,14 @@ def _complete(plan: Plan, out: Path, journal: Journal) -> None:
     except BaseException:
         (out / "config.json").unlink(missing_ok=True)
         raise
-    manifest = {"requant": requant.__version__, "key": plan.key, **plan.summary()}
+    written = {name: asdict(facts) for name, facts in sorted(journal.finished.items())}
+    manifest = {
+        "requant": requant.__version__,
+        "torch": torch.__version__,
+        "key": plan.key,
+        **plan.summary(),
+        "written": written,
+    }
     write_json(out / MANIFEST_NAME, manifest)
     journal.remove()
 

@@ -7,6 +7,7 @@ name over the whole checkpoint.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from requant.convert.fused import StoredPart, split_experts
-from requant.convert.header import read_exactly, read_header
+from requant.convert.header import DATA_ALIGNMENT, read_exactly, read_header
 from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
 from requant.errors import CheckpointError, FormatError
 from requant.quant import (
@@ -41,6 +42,8 @@ MODELOPT_NAME = "hf_quant_config.json"
 
 #: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
 _NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
+#: Reads of at least this size go past the page cache when asked to.
+DIRECT_BYTES = 1 << 20
 #: Largest part whose bytes are looked at when a checkpoint is opened.
 MAX_CONTENT_BYTES = 1 << 16
 
@@ -69,10 +72,15 @@ class StoredWeight:
         parts = (*self.parts.values(), *self.activations.values())
         return sum(part.spec.nbytes for part in parts)
 
+    @cached_property
+    def codes(self) -> StoredPart:
+        """The part that holds the codes, the largest; scales may lie elsewhere."""
+        return max(self.parts.values(), key=lambda part: part.spec.nbytes)
+
     @property
     def file(self) -> str:
-        """The file that holds the codes (the largest part); scales may lie elsewhere."""
-        return max(self.parts.values(), key=lambda part: part.spec.nbytes).location.file
+        """The file that holds the codes."""
+        return self.codes.location.file
 
     @cached_property
     def module(self) -> str:
@@ -218,11 +226,37 @@ class Checkpoint:
 
     def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a file as uint8."""
+        if end - begin >= DIRECT_BYTES and self._descriptors.direct:
+            return self._read_direct(file, begin, end)
         raw = torch.empty(end - begin, dtype=torch.uint8)
         if end > begin:
             target = memoryview(raw.numpy().data)
-            read_exactly(self._descriptors[file], begin, end, target, self.path / file)
+            read_exactly(self._descriptors.get(file), begin, end, target, self.path / file)
         return raw
+
+    def _read_direct(self, file: str, begin: int, end: int) -> torch.Tensor:
+        """Read past the page cache: whole aligned pages into an aligned buffer."""
+        first = begin // DATA_ALIGNMENT * DATA_ALIGNMENT
+        size = -(-(end - first) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        raw = torch.empty(size + DATA_ALIGNMENT, dtype=torch.uint8)
+        raw = raw[-raw.data_ptr() % DATA_ALIGNMENT :][:size]
+        target = memoryview(raw.numpy().data)
+        try:
+            read_exactly(self._descriptors.get(file, True), first, end, target, self.path / file)
+        except CheckpointError:  # a file system may give up half-way; what is really wrong recurs
+            target = memoryview(raw[: end - first].numpy().data)
+            read_exactly(self._descriptors.get(file), first, end, target, self.path / file)
+        return raw[begin - first : end - first]
+
+    @contextlib.contextmanager
+    def past_the_cache(self) -> Iterator[None]:
+        """While inside, large reads leave the page cache alone, where the file system lets them:
+        right for what is read once."""
+        self._descriptors.direct = True
+        try:
+            yield
+        finally:
+            self._descriptors.direct = False
 
     def read_tile(self, weight: StoredWeight, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The stored parts of rows start:stop of a matrix."""
@@ -341,18 +375,26 @@ class _Descriptors:
     """Open files of a checkpoint: opened when first read, closed with the checkpoint."""
 
     def __init__(self, path: Path) -> None:
+        self.direct = False
         self._path = path
-        self._open: dict[str, int] = {}
+        self._open: dict[tuple[str, bool], int] = {}
         self._lock = threading.Lock()
 
-    def __getitem__(self, file: str) -> int:
+    def get(self, file: str, direct: bool = False) -> int:
+        """The descriptor of a file; for direct reads one of its own, where they are possible."""
         with self._lock:
-            if file not in self._open:
-                try:
-                    self._open[file] = os.open(self._path / file, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{self._path / file}: {error.strerror}") from error
-            return self._open[file]
+            if (file, direct) not in self._open:
+                self._open[file, direct] = self._opened(self._path / file, direct)
+            return self._open[file, direct]
+
+    def _opened(self, path: Path, direct: bool) -> int:
+        flag = getattr(os, "O_DIRECT", 0) if direct else 0
+        try:
+            return os.open(path, os.O_RDONLY | flag)
+        except OSError as error:
+            if error.errno == errno.EINVAL and flag:
+                return self._opened(path, False)
+            raise CheckpointError(f"{path}: {error.strerror}") from error
 
     def __del__(self) -> None:
         for descriptor in self._open.values():

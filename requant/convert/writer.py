@@ -1,25 +1,34 @@
 """Writing files so that nothing half-done looks done.
 
-A weight file is written at known offsets under a temporary name, fsynced and renamed.
+A weight file is written from front to back under a temporary name, fsynced and renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import json
+import mmap
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from requant.convert.header import DATA_ALIGNMENT
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME
 from requant.errors import CheckpointError
-from requant.quant.codec import TensorSpec
 
 PARTIAL_SUFFIX = ".partial"
+#: Bytes that are hashed and written at a time, and how many such buffers there are.
+WINDOW_BYTES = 8 << 20
+WINDOWS = 4
 
 #: What is never copied beside the weights: weights in any container, and what describes them.
 _WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .gguf .onnx .h5 .msgpack".split())
@@ -29,58 +38,137 @@ _DESCRIPTIONS = frozenset(
 
 
 class OutputFile:
-    """A file of known size being filled in any order, from any thread."""
+    """A file of known size that is written from front to back and hashed on the way.
+
+    Bytes gather in aligned windows; full ones are hashed and written by threads of their own, past
+    the page cache where the file system lets us (fresh cache pages cost more than the disk).
+    """
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
         self.nbytes = nbytes
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._sha256 = hashlib.sha256()
+        self._position = 0
         with writing(self._partial):
-            self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                os.ftruncate(self._descriptor, nbytes)
-            except BaseException:
-                self.abandon()
-                raise
+            self._descriptor = _open_direct(self._partial)
+        # One thread hashes, as order matters; the other writes.
+        self._hasher = ThreadPoolExecutor(1, "requant-hash")
+        self._writer = ThreadPoolExecutor(1, "requant-write")
+        size = min(WINDOW_BYTES, -(-nbytes // DATA_ALIGNMENT) * DATA_ALIGNMENT)
+        self._free = [_Window(size) for _ in range(WINDOWS if nbytes > size else 1)]
+        self._busy: deque[tuple[_Window, Future[None], Future[None]]] = deque()
+        self._window = self._free.pop()
 
-    def write(self, offset: int, data: bytes | torch.Tensor) -> None:
-        """Write bytes, or a contiguous CPU tensor's bytes, at an absolute offset."""
+    def append(self, data: bytes | torch.Tensor) -> None:
+        """Add bytes, or a contiguous CPU tensor's bytes, at the end of what was written."""
         if isinstance(data, torch.Tensor):
             flat = data.contiguous().view(-1).view(torch.uint8)
-            view = memoryview(flat.numpy().data)
         else:
-            view = memoryview(data)
-        with writing(self._partial):
-            while view:
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
+            flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        while flat.numel():
+            window = self._window
+            count = min(flat.numel(), window.size - window.filled)
+            window.tensor[window.filled : window.filled + count].copy_(flat[:count])
+            window.filled += count
+            flat = flat[count:]
+            if window.filled == window.size:
+                self._flush()
+                self._window = self._next_window()
 
-    def write_part(self, begin: int, spec: TensorSpec, first: int, piece: torch.Tensor) -> None:
-        """Write what a tile has of a part that lies at `begin`: from `first` on along its axis."""
-        if spec.axis == 0:
-            rows = spec.shape[0] if spec.shape else 1
-            self.write(begin + first * (spec.nbytes // rows), piece)
-            return
-        raw = piece.contiguous().view(-1).view(torch.uint8).view(len(piece), -1)
-        stride = spec.nbytes // spec.shape[0]
-        offset = begin + first * piece.element_size()
-        for row in raw:
-            self.write(offset, row)
-            offset += stride
-
-    def commit(self) -> None:
-        """Make the file durable and give it its name."""
+    def commit(self) -> str:
+        """Make the file durable and give it its name; the SHA-256 of its bytes, in hex."""
         with writing(self.path):
+            self._flush()
+            while self._busy:
+                self._finish_oldest()
+            assert self._position == self.nbytes, f"{self._position} of {self.nbytes} bytes"
+            os.ftruncate(self._descriptor, self.nbytes)
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            self._close()
             os.rename(self._partial, self.path)
             sync_folder(self.path.parent)
+        return self._sha256.hexdigest()
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
         with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+            self._close()
         self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._hasher.shutdown()
+        self._writer.shutdown(cancel_futures=True)
+        os.close(self._descriptor)
+
+    def _flush(self) -> None:
+        """Hand the current window to the threads."""
+        window, offset = self._window, self._position
+        if window.filled:
+            self._position += window.filled
+            hashed = self._hasher.submit(self._sha256.update, window.view[: window.filled])
+            written = self._writer.submit(self._write, window, offset)
+            self._busy.append((window, hashed, written))
+
+    def _next_window(self) -> _Window:
+        """An empty window; waits for one when all are being written."""
+        if not self._free:
+            self._finish_oldest()
+        return self._free.pop()
+
+    def _finish_oldest(self) -> None:
+        window, hashed, written = self._busy.popleft()
+        hashed.result()
+        with writing(self._partial):
+            written.result()
+        window.filled = 0
+        self._free.append(window)
+
+    def _write(self, window: _Window, offset: int) -> None:
+        """Write a window; the last one with padding, which `commit` cuts off."""
+        end = -(-window.filled // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        window.view[window.filled : end] = bytes(end - window.filled)
+        view = window.view[:end]
+        while view:
+            try:
+                count = os.pwrite(self._descriptor, view, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _through_cache(self._descriptor):
+                    raise
+                continue  # this file system takes no direct writes after all
+            view, offset = view[count:], offset + count
+
+
+class _Window:
+    """A page-aligned buffer that is filled from the front."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, DATA_ALIGNMENT)
+        self.filled = 0
+        memory = mmap.mmap(-1, self.size)  # lives as long as what views it
+        self.view = memoryview(memory)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _open_direct(path: Path) -> int:
+    """Create a file for writing past the page cache, or through it where that is not possible."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        return os.open(path, flags | direct, 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not direct:
+            raise
+        return os.open(path, flags, 0o644)
+
+
+def _through_cache(descriptor: int) -> bool:
+    """Turn direct writing off; whether it was on."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    if flags & direct:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)
 
 
 @contextlib.contextmanager
@@ -111,7 +199,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file under a temporary name, then rename it."""
     data = (json.dumps(value, indent=2) + "\n").encode()
     file = OutputFile(path, len(data))
-    file.write(0, data)
+    file.append(data)
     file.commit()
 
 

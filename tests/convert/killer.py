@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import requant.convert.run as run
+import requant.convert.writer as writer
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
 from requant.convert.source import Checkpoint
@@ -38,7 +39,7 @@ def kill_at(step: int) -> None:
             left -= 1
             if left < 0:
                 if call is pwrite:
-                    pwrite(args[0], args[1][: len(args[1]) // 2], args[2])
+                    pwrite(args[0], args[1][: len(args[1]) // 2 // 4096 * 4096], args[2])
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **kwargs)
 
@@ -57,7 +58,7 @@ def convert(source: Path, out: Path, to: str, step: int | None) -> bool:
         try:
             if step is not None:
                 kill_at(step)
-            run.TILE_ELEMENTS, run.COPY_BYTES = 1 << 14, 1 << 15
+            run.TILE_ELEMENTS, run.COPY_BYTES, writer.WINDOW_BYTES = 1 << 14, 1 << 15, 1 << 15
             plan = make_plan(Checkpoint.open(source), default_recipe(to))
             run.convert(plan, out, run.Runtime(torch.device("cpu"), 1))
         except BaseException as error:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from requant.convert.header import layout, read_exactly, read_header
 from requant.errors import CheckpointError
@@ -57,18 +57,25 @@ def mixed_tensors() -> dict[str, torch.Tensor]:
     return tensors | {name: torch.tensor(float(i)) for i, name in enumerate(names)}
 
 
-def test_the_bytes_are_the_reference_writers(tmp_path: Path) -> None:
+def test_the_reference_reader_finds_every_tensor(tmp_path: Path) -> None:
+    """Laid out in any order, each at a multiple of its element's size, the data at one of 4096."""
     tensors = mixed_tensors()
     save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
     specs = {name: spec for name, (spec, _) in read_header(tmp_path / "a.safetensors").items()}
-    header, ranges = layout(specs)
-    expected = (tmp_path / "a.safetensors").read_bytes()
-    assert expected[: len(header)] == header
-    written = bytearray(header.ljust(len(expected), b"\0"))
-    for name, (begin, end) in ranges.items():
-        flat = tensors[name].reshape(-1).view(torch.uint8)
-        written[begin:end] = bytes(flat.numpy())
-    assert bytes(written) == expected
+    for order in (sorted(specs), sorted(specs, reverse=True)):
+        header, ranges = layout({name: specs[name] for name in order})
+        written = bytearray(header.ljust(max(end for _, end in ranges.values()), b"\0"))
+        for name, (begin, end) in ranges.items():
+            assert begin % tensors[name].element_size() == 0
+            written[begin:end] = bytes(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        (tmp_path / "b.safetensors").write_bytes(written)
+        assert len(header) % 4096 == 0
+        found = load_file(tmp_path / "b.safetensors")
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+            flat = (t.reshape(-1).view(torch.uint8) for t in (found[name], tensor))
+            assert torch.equal(*flat), name
 
 
 def test_reads_what_the_reference_reader_reads(tmp_path: Path) -> None:
@@ -92,8 +99,8 @@ def test_every_dtype_of_the_reference_has_a_size(tmp_path: Path) -> None:
 def test_no_tensors_is_a_file(tmp_path: Path) -> None:
     header, ranges = layout({})
     (tmp_path / "a.safetensors").write_bytes(header)
-    save_file({}, tmp_path / "b.safetensors", {"format": "pt"})
-    assert header == (tmp_path / "b.safetensors").read_bytes() and not ranges
+    assert theirs(tmp_path / "a.safetensors") == ours(tmp_path / "a.safetensors") == {}
+    assert not ranges
 
 
 def test_a_truncation_anywhere_is_noticed(tmp_path: Path) -> None:
@@ -243,10 +250,12 @@ def test_read_exactly_names_both_numbers_when_a_file_ends_early(tmp_path: Path) 
         read_exactly(file.fileno(), 4, 14, memoryview(bytearray(10)), path)
 
 
-def test_layout_orders_by_dtype_then_name() -> None:
-    specs = {n: TensorSpec(d, (1,)) for n, d in (("b", "U8"), ("a", "U8"), ("z", "F32"))}
+def test_layout_keeps_the_order_but_puts_odd_sizes_last() -> None:
+    parts = (("b", "U8", 8), ("odd", "U8", 3), ("two", "BF16", 1), ("a", "F32", 2), ("z", "F32", 1))
+    specs = {name: TensorSpec(dtype, (count,)) for name, dtype, count in parts}
     _, ranges = layout(specs)
-    assert sorted(ranges, key=lambda name: ranges[name]) == ["z", "a", "b"]
+    assert list(ranges) == ["b", "a", "z", "two", "odd"]
+    assert sorted(ranges, key=lambda name: ranges[name]) == list(ranges)
 
 
 def test_a_header_over_the_references_limit(tmp_path: Path) -> None:

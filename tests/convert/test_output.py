@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import requant.convert.run as run
+import requant.convert.writer as writer
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Journal
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
@@ -117,6 +119,7 @@ class Disk:
 def test_a_disk_that_fills_up_at_any_moment(
     folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writer, "WINDOW_BYTES", 1 << 15)
     start(folder, out)
     expected, room, refused = hashes(out), 0, 0
     while True:
@@ -191,6 +194,16 @@ def test_a_damaged_journal(text: str, folder: Path, out: Path) -> None:
     unfinished(folder, out)
     (out / JOURNAL_NAME).write_text(text)
     refuse(folder, out, rf"{JOURNAL_NAME}: damaged \(.*\); remove ")
+
+
+def test_the_manifest_holds_the_hash_of_every_file(folder: Path, out: Path) -> None:
+    """Hashed while writing, by a run and by the one that continues it."""
+    unfinished(folder, out)
+    start(folder, out)
+    found = {name: digest for name, digest in hashes(out).items() if name in FILES}
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    assert {name: facts["sha256"] for name, facts in manifest["written"].items()} == found
+    assert all((out / n).stat().st_size == f["nbytes"] for n, f in manifest["written"].items())
 
 
 def test_a_finished_conversion_is_left_as_it_is(folder: Path, out: Path) -> None:

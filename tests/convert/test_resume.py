@@ -63,12 +63,12 @@ def test_killed_at_any_step(
 SLOW = r"""
 import sys, time
 from requant.convert import run
-convert = run._convert_tile
+convert = run._convert
 def slowly(*args):
     sys.stderr.write("busy\n")
     time.sleep(0.03)
     return convert(*args)
-run._convert_tile, run.TILE_ELEMENTS = slowly, 1 << 14
+run._convert, run.TILE_ELEMENTS = slowly, 1 << 14
 from requant.cli import main
 main()
 """
