@@ -66,6 +66,13 @@ def test_int4_passes(int4: Path) -> None:
     assert [layer["layer"] for layer in verdict["layers"]] == [0, 1, 2, 3, 4]
 
 
+def test_searched_scales_beat_rounding(int4: Path, tmp_path: Path) -> None:
+    plan = make_plan(Checkpoint.open(demo_path()), default_recipe("int4[method=mse]"))
+    convert(plan, tmp_path / "mse", Runtime(torch.device("cpu"), 2))
+    searched, rounded = (verify(demo_path(), out, tokens=2048) for out in (tmp_path / "mse", int4))
+    assert searched["ok"] and rounded["ok"] and searched["kl"] < rounded["kl"]
+
+
 def test_one_zeroed_expert_is_named(
     damaged: Callable[[Callable[[Tensors], object]], dict[str, Any]],
 ) -> None:
