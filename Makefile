@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # gptqmodel asks for a newer torch than is tested here, and for packages its layers do not use: it
-# and what its import needs are installed as they are. tests/quant/test_gptqmodel.py alone uses it.
+# and what its import needs are installed as they are. only tests use it.
 GPTQMODEL := gptqmodel logbar device_smi threadpoolctl tokenicer defuser pillow requests urllib3 \
 	certifi charset-normalizer
 

@@ -1,8 +1,8 @@
 """What is finished in an output folder, so that the same command continues after a crash.
 
 One JSON line per event in OUT/.requant-journal.jsonl: first the plan's key, then each finished file
-with its size and SHA-256. It is removed when the conversion is complete; from then on OUT/requant.json, which
-holds the same key, says what the folder is.
+with its size and SHA-256. It is removed when the conversion is complete; from then on
+OUT/requant.json, which holds the same key, says what the folder is.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kep
     """How faithful it is to write `weight` in `target`; reads its scales where they decide."""
     stored = weight.codec
     assert stored is not None
+    if isinstance(stored, Plain) and isinstance(target, Plain):
+        return Kept(target.dtype == "F32")  # BF16 and FP16 fit in
     if stored.alphabet is None or stored.alphabet not in target.packs:
         return Kept(False)
     rows, cols = weight.shape

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.blocks import block_strips, reduce_columns
+from requant.quant.blocks import block_amax, block_strips, reduce_columns
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -146,7 +146,8 @@ class Fp8Block(Codec):
         if self.scale == "fp32" and bool((peaks.view(torch.int32) & 0xFFFF).any()):
             original = self._original_scale(tile, codes, scale)
             if not torch.equal(original, scale):
-                stored, codes = original, self._codes(tile, original)
+                stored = self._where_exact(tile, original, scale)
+                codes = self._codes(tile, stored)
         return {"weight": codes, self._scale_part: stored}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
@@ -279,6 +280,16 @@ class Fp8Block(Codec):
         for target, (strip, row_scale) in zip(targets, strips, strict=True):
             target.copy_((strip / row_scale).clamp_(-E4M3_MAX, E4M3_MAX))
         return codes
+
+    def _where_exact(
+        self, tile: torch.Tensor, original: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """`original` for the blocks that it gives back bit for bit, `scale` for the others, whose
+        values came from elsewhere."""
+        parts = {"weight": self._codes(tile, original), self._scale_part: original}
+        shape = (tile.shape[0], tile.shape[1])
+        missed = block_amax((self.decode(parts, shape) != tile).float(), *self._block)
+        return torch.where(missed == 0, original, scale)
 
     def _original_scale(
         self, tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
