@@ -159,6 +159,9 @@ def convert_command(
     max_kl: MaxKl = None,
     device: Device = None,
     workers: Workers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an earlier conversion in OUT, start over.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -172,7 +175,7 @@ def convert_command(
     runtime = Runtime(_device(device), workers or os.cpu_count() or 1)
     plan = _plan(source, to, recipe, require_lossless)
     with output.progress(plan.read_bytes, "convert") as progress:
-        result = convert(plan, out, runtime, progress)
+        result = convert(plan, out, runtime, progress, overwrite)
     if not verify:
         output.result(result, lambda: plan_table(result))
         return
@@ -185,21 +188,36 @@ def convert_command(
 @command("verify")
 def verify_command(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The converted checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The converted checkpoint.")
+    ] = None,
     max_kl: MaxKl = None,
     tokens: Annotated[
-        int, typer.Option(min=2, help="Run at least this many tokens of held-out text.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            min=2, help="Run at least this many tokens of held-out text.  [default: 2048]"
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text file to run instead of the built-in text.")
     ] = None,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Only hash the files of one folder, OUT.")
+    ] = False,
     device: Device = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run source and output over held-out text, compare them, and judge."""
     output = Output(json, quiet)
-    verdict = _verify(source, out, max_kl, device, output, tokens, text)
+    if checksums:
+        if any(given is not None for given in (out, max_kl, tokens, text, device)):
+            raise RequantError("--checksums takes one folder and no other option")
+        _judge_checksums(_folder(source), output)
+        return
+    if out is None:
+        raise RequantError("give SRC and OUT, or --checksums and one folder")
+    verdict = _verify(source, out, max_kl, device, output, tokens or 2048, text)
     _judge(verdict, verdict, output)
 
 
@@ -342,6 +360,19 @@ def _judge(verdict: dict[str, Any], document: dict[str, Any], output: Output) ->
 
     output.result(document, lambda: render(verdict))
     if not verdict["ok"]:
+        raise typer.Exit(1)
+
+
+def _judge_checksums(folder: Path, output: Output) -> None:
+    """Compare files with what was recorded when they were written; exit 1 when they differ."""
+    from requant.verify.checksums import check, recorded
+
+    total = sum(facts.nbytes for facts in recorded(folder).values())
+    with output.progress(total, "hash") as progress:
+        found = check(folder, progress)
+    count = f"{found['files']} files, {len(found['problems'])} of them changed or missing"
+    output.result(found, lambda: _plain("\n".join([*found["problems"], count])))
+    if not found["ok"]:
         raise typer.Exit(1)
 
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ class Journal:
         if not resuming and any(out.iterdir()):
             raise CheckpointError(
                 f"{out}: already holds something else ({min(p.name for p in out.iterdir())}, ...); "
-                "choose an empty folder, or remove it"
+                + (
+                    "start over with --overwrite, or choose an empty folder"
+                    if (out / MANIFEST_NAME).is_file()
+                    else "choose an empty folder, or remove it"
+                )
             )
         # Unbuffered: a line that a full disk refused must not be tried again on close.
         self._file = self.path.open("a+b", buffering=0)
@@ -85,7 +90,7 @@ class Journal:
         if found != key:
             raise CheckpointError(
                 f"{out}: holds an unfinished conversion of another source, recipe or version; "
-                "repeat that command to finish it, or remove the folder to start over"
+                "repeat that command to finish it, or start over with --overwrite"
             )
         if not events:
             self._append({"key": key})
@@ -105,6 +110,35 @@ class Journal:
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
+
+
+def clear(out: Path) -> None:
+    """Empty a folder that requant wrote or began to write, so that a conversion can start over.
+
+    What engines load first goes first. Raises CheckpointError for a folder with anything else in it
+    to begin with, or one that is being written to.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / JOURNAL_NAME).exists() and read_manifest(out) is None:
+        raise CheckpointError(
+            f"{out}: holds no conversion of requant's ({min(p.name for p in out.iterdir())}, ...), "
+            "and --overwrite removes nothing else; remove it yourself"
+        )
+    with (out / JOURNAL_NAME).open("a+b") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{out}: another requant is writing to it; wait for it"
+            ) from error
+        (out / "config.json").unlink(missing_ok=True)
+        for path in sorted(out.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != JOURNAL_NAME:
+                path.unlink()
+        (out / JOURNAL_NAME).unlink()
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:

@@ -25,7 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import requant
-from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Finished, Journal, read_manifest
+from requant.convert.journal import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    Finished,
+    Journal,
+    clear,
+    read_manifest,
+)
 from requant.convert.plan import Plan, PlannedFile, PlannedWeight
 from requant.convert.source import INDEX_NAME, Checkpoint, StoredWeight, iter_tiles
 from requant.convert.writer import (
@@ -64,14 +71,23 @@ class Runtime:
 
 
 def convert(
-    plan: Plan, out: Path, runtime: Runtime, progress: Progress = lambda nbytes: None
+    plan: Plan,
+    out: Path,
+    runtime: Runtime,
+    progress: Progress = lambda nbytes: None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the planned checkpoint and return convert's stable JSON keys.
 
     `progress` is told of source bytes as they are done. Raises CheckpointError or FormatError; what
     was finished by then is kept and continued by the same call. A finished `out` is left as it is.
+    `overwrite` removes an earlier conversion, finished or not, and starts over.
     """
     started = time.monotonic()
+    if overwrite:
+        _require_apart(plan, out)
+        with writing(out):
+            clear(out)
     manifest = read_manifest(out)
     if manifest is not None and manifest.get("key") == plan.key:
         _check_finished(plan, out)
@@ -101,9 +117,7 @@ def convert(
 def _claim(plan: Plan, out: Path) -> Journal:
     """Make OUT ours, or refuse before the first byte."""
     side_files(plan.source.path)  # raises for what could not be copied at the end
-    # Not Path.resolve: it raises RuntimeError for a link to itself.
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(plan.source.path)):
-        raise CheckpointError(f"{out}: lies in the source folder; choose another one")
+    _require_apart(plan, out)
     with writing(out):
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out}: is a file; choose a folder")
@@ -116,6 +130,16 @@ def _claim(plan: Plan, out: Path) -> Journal:
         if sizes.get(name) != nbytes or not path.is_file() or path.stat().st_size != nbytes:
             del journal.finished[name]
     return journal
+
+
+def _require_apart(plan: Plan, out: Path) -> None:
+    """Raise CheckpointError when OUT lies in the source folder, or the source in OUT."""
+    # Not Path.resolve: it raises RuntimeError for a link to itself.
+    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(plan.source.path))
+    if target.is_relative_to(source):
+        raise CheckpointError(f"{out}: lies in the source folder; choose another one")
+    if source.is_relative_to(target):
+        raise CheckpointError(f"{out}: holds the source folder; choose another one")
 
 
 def _require_room(plan: Plan, out: Path, journal: Journal) -> None:

@@ -142,6 +142,44 @@ def test_a_disk_that_fills_up_at_any_moment(
     assert hashes(out) == expected and refused > 25
 
 
+@pytest.mark.parametrize("state", ["finished", "unfinished", "absent", "empty"])
+def test_overwrite_starts_over(state: str, folder: Path, out: Path, tmp_path: Path) -> None:
+    start(folder, tmp_path / "whole", to="fp32")
+    if state == "finished":
+        start(folder, out)
+    elif state == "unfinished":
+        unfinished(folder, out)
+    elif state == "empty":
+        out.mkdir()
+    plan = make_plan(Checkpoint.open(folder), default_recipe("fp32"))
+    result = convert(plan, out, Runtime(CPU, 1), overwrite=True)
+    assert result["resumed_files"] == 0 and hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_overwrite_removes_nothing_but_conversions(folder: Path, out: Path) -> None:
+    plan = make_plan(Checkpoint.open(folder), default_recipe("fp32"))
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds no conversion of requant's"):
+        convert(plan, out, Runtime(CPU, 1), overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    for place in (folder, folder.parent):
+        with pytest.raises(CheckpointError, match="source folder"):
+            convert(plan, place, Runtime(CPU, 1), overwrite=True)
+    assert Checkpoint.open(folder).weights
+
+
+def test_overwrite_waits_for_nobody(folder: Path, out: Path) -> None:
+    unfinished(folder, out)
+    before = hashes(out)
+    plan = make_plan(Checkpoint.open(folder), default_recipe("bf16"))
+    journal = Journal(out, plan.key)
+    with pytest.raises(CheckpointError, match="another requant is writing to it"):
+        convert(plan, out, Runtime(CPU, 1), overwrite=True)
+    journal.close()
+    assert hashes(out) == before
+
+
 def test_a_conversion_of_something_else_is_not_resumed(folder: Path, out: Path) -> None:
     unfinished(folder, out)
     before = hashes(out)
