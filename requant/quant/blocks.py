@@ -1,10 +1,38 @@
-"""Two-dimensional blocks with one scale each; those at the right and lower edge may be partial."""
+"""Groups along a row and two-dimensional blocks, which have one scale each; the blocks at the right
+and lower edge may be partial."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+
+from requant.quant.codec import require_finite
+
+#: Integers of the same size.
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+#: Columns from which on torch finds the largest integer of each group quickly.
+_LONG = 32
+
+
+def finite_amax(groups: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+    """The largest magnitude of each group: float32 or BF16 [..., n] -> [...]. Raises FormatError
+    for NaN or infinity. `scratch`, if any, is contiguous memory like `groups` to overwrite.
+
+    Without their sign, bits are in the order of the floats that they stand for, NaN above all, and
+    torch finds the largest integer of each group faster than the largest float; pooling is faster
+    still for the shortest groups.
+    """
+    scratch = torch.empty_like(groups) if scratch is None else scratch
+    torch.abs(groups, out=scratch)
+    if not groups.numel():
+        return scratch.amax(-1)
+    if groups.dim() == 3 and groups.shape[-1] < _LONG and groups.dtype == torch.float32:
+        amax = torch.nn.functional.max_pool1d(scratch.flatten(1), groups.shape[-1])
+    else:
+        amax = scratch.view(_BITS[groups.dtype]).amax(-1).view(groups.dtype)
+    require_finite(amax.amax())
+    return amax
 
 
 def block_amax(tile: torch.Tensor, block_rows: int, block_cols: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ from requant.quant.e4m3 import (
     scale_to_float32,
     upcast_e2m1,
 )
-from requant.quant.packing import e4m3_to_float32
+from requant.quant.packing import e4m3_and_scale, e4m3_to_float32
 
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
@@ -152,8 +152,8 @@ class Fp8Block(Codec):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32."""
-        tile = e4m3_to_float32(parts["weight"])
         scale = scale_to_float32(parts[self._scale_part])
+        tile, scale = e4m3_and_scale(parts["weight"], scale)
         for strip, row_scale in block_strips(tile, scale, *self._block):
             strip.mul_(row_scale)
         return tile

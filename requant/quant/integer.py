@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from requant.errors import FormatError
+from requant.quant.blocks import finite_amax
 from requant.quant.codec import TensorSpec, require_choice, require_finite
 from requant.quant.search import CLIPS, METHODS, search
 
@@ -65,9 +66,8 @@ def quantize_symmetric(
     """
     if arithmetic == "bf16":
         groups = groups.to(torch.bfloat16)
-    scratch = groups.abs()
-    amax = scratch.amax(-1)
-    require_finite(amax)
+    scratch = torch.empty_like(groups)
+    amax = finite_amax(groups, scratch)
     half_range = half_range or (2**bits - 1) / 2
 
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

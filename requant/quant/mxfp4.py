@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant.blocks import finite_amax
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -31,7 +32,6 @@ from requant.quant.codec import (
     exact_cast,
     refine_grid,
     require_choice,
-    require_finite,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
 from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, e2m1_to_float32, round_to_e2m1
@@ -141,12 +141,11 @@ class Mxfp4(Codec):
         """Exponents by the rule, codes to the nearest; the division by the scale is exact."""
         self._require_writable()
         groups = tile.reshape(len(tile), -1, GROUP)
-        amax = groups.abs().amax(-1)
-        require_finite(amax)
-        exponents = exponent_bytes(amax, E2M1_MAX, self.exponent)
+        scaled = torch.empty_like(groups)
+        exponents = exponent_bytes(finite_amax(groups, scaled), E2M1_MAX, self.exponent)
         if self.method == "mse":
             exponents = _search(groups, exponents)
-        scaled = groups * e8m0_reciprocal(exponents)[..., None]
+        torch.mul(groups, e8m0_reciprocal(exponents)[..., None], out=scaled)
         return self._parts(e2m1_bytes(scaled.view(tile.shape)), exponents)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:

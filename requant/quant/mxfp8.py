@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant.blocks import finite_amax
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -24,7 +25,6 @@ from requant.quant.codec import (
     check_specs,
     refine_grid,
     require_choice,
-    require_finite,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
 from requant.quant.e4m3 import (
@@ -36,7 +36,7 @@ from requant.quant.e4m3 import (
     upcast_e2m1,
 )
 from requant.quant.e8m0 import RULES, e8m0_reciprocal
-from requant.quant.packing import e4m3_to_float32
+from requant.quant.packing import e4m3_and_scale
 
 GROUP_SIZE = 32
 _GROUP = (1, GROUP_SIZE)
@@ -96,16 +96,15 @@ class Mxfp8(Codec):
     ) -> dict[str, torch.Tensor]:
         """A power of two at least amax / 448 per group: no code saturates."""
         groups = tile.reshape(len(tile), -1, GROUP_SIZE)
-        amax = groups.abs().amax(2)
-        require_finite(amax)
-        exponent = exponents(amax, self.exponent)
-        codes = (groups * e8m0_reciprocal(exponent)[..., None]).to(torch.float8_e4m3fn)
+        scaled = torch.empty_like(groups)
+        exponent = exponents(finite_amax(groups, scaled), self.exponent)
+        torch.mul(groups, e8m0_reciprocal(exponent)[..., None], out=scaled)
+        codes = scaled.to(torch.float8_e4m3fn)
         return {"weight": codes.view(tile.shape), self._scale_part: exponent}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * 2^(b - 127), exact in float32 (down to its subnormals)."""
-        tile = e4m3_to_float32(parts["weight"])
-        scale = powers_of_two(parts[self._scale_part])
+        tile, scale = e4m3_and_scale(parts["weight"], powers_of_two(parts[self._scale_part]))
         tile.view(len(tile), -1, GROUP_SIZE).mul_(scale[..., None])
         return tile
 

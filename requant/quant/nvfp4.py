@@ -21,6 +21,7 @@ import torch
 
 import requant
 from requant.errors import FormatError
+from requant.quant.blocks import finite_amax
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -124,13 +125,13 @@ class Nvfp4(Codec):
         global); in ModelOpt's container with its own order of operations."""
         tile = self._round(tile)
         groups = tile.reshape(len(tile), -1, GROUP)
-        amax = groups.abs().amax(-1)
-        require_finite(amax)
+        scaled = torch.empty_like(groups)
+        amax = finite_amax(groups, scaled)
         whole = self._global(self.measure(tile) if summary is None else summary)
         local = self._local(amax, whole)
         if self.method == "mse":
             local = self._search(groups, local, whole)
-        scaled = groups / self._scale(local, whole)[..., None]
+        torch.div(groups, self._scale(local, whole)[..., None], out=scaled)
         return self._parts(e2m1_bytes(scaled.view(tile.shape)), local, whole)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
@@ -244,8 +245,10 @@ class Nvfp4(Codec):
         else:
             local = self._round(amax / E2M1_MAX) * whole
         codes = local.clamp_max_(E4M3_MAX).to(torch.float8_e4m3fn)
-        empty = _CONTAINERS[self.container][3]
-        return torch.where(codes.view(torch.uint8) == 0, torch.tensor(empty).to(codes.dtype), codes)
+        if codes.numel() and int(codes.view(torch.uint8).amin()) == 0:
+            empty = torch.tensor(_CONTAINERS[self.container][3], device=codes.device)
+            codes = torch.where(codes.view(torch.uint8) == 0, empty.to(codes.dtype), codes)
+        return codes
 
     def _scale(self, local: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """What codes are multiplied by: float32 [rows, groups]."""

@@ -27,7 +27,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
     pairs = row_major(codes).view(torch.int16)
-    return (pairs | (pairs >> 4)).to(torch.uint8).view(torch.int32)
+    return pairs.bitwise_right_shift(4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)
 
 
 def unpack_nibbles(words: torch.Tensor, cols: int) -> torch.Tensor:
@@ -44,16 +44,33 @@ def nibbles_to_float32(words: torch.Tensor, values: tuple[float, ...]) -> torch.
 
 
 def e4m3_to_float32(codes: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn -> float32 of the same shape, exact; NaN codes become NaN.
+    """float8_e4m3fn -> float32 of the same shape, exact; NaN codes become NaN."""
+    values, factor = _e4m3_values(codes)
+    return values.mul_(factor)
+
+
+def e4m3_and_scale(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn codes and float32 scales, powers of two moved from one to the other where that
+    saves work: float32 tensors whose products are those of codes and scales, to the last bit."""
+    values, factor = _e4m3_values(codes)
+    scaled = scale * factor
+    if bool(torch.isinf(scaled.abs().sum())):
+        return values.mul_(factor), scale
+    return values, scaled
+
+
+def _e4m3_values(codes: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """float8_e4m3fn -> new float32 of the same shape, and the power of two that they lack.
 
     Shifted left by 7 bits, sign aside, a code is a float16 of 1/256 of its value, subnormals
     included: the exponents' biases are 7 and 15. Processors convert float16 quickly.
     """
-    if codes.numel() and int((codes.view(torch.uint8) & 0x7F).amax()) == 0x7F:
-        return codes.to(torch.float32)  # NaN, which the shift would make 480
-    half = codes.view(torch.int8).to(torch.int16)  # the sign fills the upper byte
+    signed, unsigned = codes.view(torch.int8), codes.view(torch.uint8)
+    if codes.numel() and (int(signed.amax()) == 0x7F or int(unsigned.amax()) == 0xFF):
+        return codes.to(torch.float32), 1.0  # NaN, which the shift would make 480
+    half = signed.to(torch.int16)  # the sign fills the upper byte
     half.bitwise_left_shift_(7).bitwise_and_(-0x4080)  # 0xBF80: sign, 4 exponent bits, 3 mantissa
-    return half.view(torch.float16).to(torch.float32).mul_(256)
+    return half.view(torch.float16).to(torch.float32), 256.0
 
 
 @functools.cache
