@@ -291,19 +291,23 @@ class Summaries:
         return self._known[key]
 
     def _compute(self, codec: Codec, companions: Sequence[StoredWeight]) -> torch.Tensor:
-        def measure(stored: StoredWeight, start: int, stop: int) -> torch.Tensor:
-            tile = self._source.decode_rows(stored, start, stop, self._device)
-            return _of_rows(stored, start, stop, lambda: codec.measure(tile))
+        def measure(stored: StoredWeight, start: int, stop: int) -> list[torch.Tensor]:
+            def of_tile(a: int, b: int) -> torch.Tensor:
+                tile = self._source.decode_rows(stored, a, b, self._device)
+                return _of_rows(stored, a, b, lambda: codec.measure(tile))
 
-        # A window of tiles at a time: what waits holds no memory, what is done only its measure.
+            return [of_tile(*rows) for rows in _ranges(stored, codec, TILE_ELEMENTS, start, stop)]
+
+        # A window of steps at a time: what waits holds no memory, what is done only its measures.
         measured: list[torch.Tensor] = []
-        pending: deque[Future[torch.Tensor]] = deque()
+        pending: deque[Future[list[torch.Tensor]]] = deque()
         for stored in companions:
             for start, stop in _ranges(stored, codec, CHUNK_ELEMENTS):
                 pending.append(self._pool.submit(measure, stored, start, stop))
                 if len(pending) >= IN_FLIGHT:
-                    measured.append(pending.popleft().result())
-        measured += [future.result() for future in pending]
+                    measured += pending.popleft().result()
+        for future in pending:
+            measured += future.result()
         return codec.summarize(measured)
 
 

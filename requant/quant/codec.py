@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -51,6 +51,9 @@ DTYPE_BITS: dict[str, int] = {
     "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8,
 }
+
+#: The values of the option `scale` that are float dtypes.
+FLOAT_SCALES = ("bf16", "fp16", "fp32")
 
 #: What codes are, before any scale: signed integers of 4 and 8 bits, and two small floats.
 #: Formats that share an alphabet can hand codes to each other.
@@ -173,9 +176,10 @@ class Codec(ABC):
         Raises FormatError when the format cannot hold that shape.
         """
 
-    @abstractmethod
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
         """The weight's (rows, cols), from parts that `detect` accepted: the inverse of `specs`."""
+        rows, cols = parts["weight"].shape
+        return rows, cols
 
     def measure(self, tile: torch.Tensor) -> torch.Tensor:
         """What one tile adds to the summary of its weight (two_pass formats)."""
@@ -234,7 +238,15 @@ class Codec(ABC):
         return self
 
     def accepts(self, stored: Codec) -> bool:
-        """Whether a weight that is stored as `stored` is in this format already."""
+        """Whether a weight that is stored as `stored` is in this format already.
+
+        A format that asks for no dtype of its scales, which is to say for the default, keeps those
+        of any float dtype.
+        """
+        default = getattr(type(self), "scale", None)
+        if type(stored) is type(self) and default in ("auto", *FLOAT_SCALES):
+            if getattr(self, "scale", None) == default:
+                stored = replace(stored, scale=default)  # type: ignore[type-var]
         return stored == self
 
     def scheme(self) -> dict[str, Any] | None:

@@ -120,11 +120,6 @@ class Fp8Block(Codec):
             self._scale_part: TensorSpec(SCALE_DTYPES[self.scale], grid, rows=self.block_rows),
         }
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ per token by the engine). `weight` F8_E4M3 [rows, cols]; `weight_scale` BF16, F1
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,11 +71,6 @@ class Fp8Channel(Codec):
             "weight_scale": TensorSpec(SCALE_DTYPES[self.scale], (rows, 1)),
         }
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
@@ -122,12 +116,6 @@ class Fp8Channel(Codec):
         codec = Fp8Channel(scale)
         check_specs(parts, codec.specs(rows, cols))
         return codec
-
-    def accepts(self, stored: Codec) -> bool:
-        """The default keeps scales of every plain dtype."""
-        if isinstance(stored, Fp8Channel) and self.scale == type(self).scale:
-            stored = dataclasses.replace(stored, scale=self.scale, arithmetic="fp32")
-        return stored == self
 
     def scheme(self) -> dict[str, Any]:
         """Preset FP8_DYNAMIC: static weights per channel, dynamic activations per token."""

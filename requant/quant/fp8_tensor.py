@@ -8,7 +8,6 @@ Whatever its name, the scale multiplies.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,11 +103,6 @@ class Fp8Tensor(Codec):
             self._scale_part: TensorSpec(SCALE_DTYPES[self.scale], self._scale_shape, rows=0),
         }
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def measure(self, tile: torch.Tensor) -> torch.Tensor:
         """amax of the tile, [1]."""
         low, high = torch.aminmax(tile)
@@ -177,12 +171,6 @@ class Fp8Tensor(Codec):
         rows, cols = parts["weight"].shape
         check_specs(parts, codec.specs(rows, cols))
         return codec
-
-    def accepts(self, stored: Codec) -> bool:
-        """The default keeps scales of every plain dtype."""
-        if isinstance(stored, Fp8Tensor) and self.scale == type(self).scale:
-            stored = dataclasses.replace(stored, scale=self.scale, arithmetic="fp32")
-        return stored == self
 
     def scheme(self) -> dict[str, Any] | None:
         """One static scale for the weights, dynamic activations per token: needs no data."""

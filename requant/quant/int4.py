@@ -228,12 +228,6 @@ class Int4(Codec):
         numbers = torch.frombuffer(bytearray(content["weight_shape"]), dtype=torch.int64)
         return dataclasses.replace(self, stored_shape=tuple(numbers.tolist()))
 
-    def accepts(self, stored: Codec) -> bool:
-        """Scales of any float dtype, unless this format asks for one."""
-        if self.scale == type(self).scale and isinstance(stored, Int4):
-            stored = dataclasses.replace(stored, scale=self.scale)
-        return stored == self
-
     def scheme(self) -> dict[str, Any]:
         """Preset W4A16 or W4A16_ASYM with this group size."""
         channel = self.group_size == CHANNEL

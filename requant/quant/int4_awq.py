@@ -13,7 +13,7 @@ at: these are AWQ's bytes, not its search for scales.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -142,12 +142,6 @@ class Int4Awq(Codec):
         codec = Int4Awq(size, scale_option(parts["scales"].dtype))
         check_specs(parts, codec.specs(rows, cols))
         return codec
-
-    def accepts(self, stored: Codec) -> bool:
-        """Also with scales of another dtype, unless this one was asked for."""
-        if isinstance(stored, Int4Awq) and self.scale == Int4Awq.scale:
-            stored = replace(stored, scale=self.scale)
-        return stored == self
 
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         """AutoAWQ's quantization_config, naming what stays in plain floats: gptqmodel looks at

@@ -16,7 +16,7 @@ bytes, not its error feedback.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -191,12 +191,6 @@ class Int4Gptq(Codec):
         )
         check_specs(parts, codec.specs(rows, cols))
         return codec
-
-    def accepts(self, stored: Codec) -> bool:
-        """Also with scales of another dtype, unless this one was asked for."""
-        if isinstance(stored, Int4Gptq) and self.scale == Int4Gptq.scale:
-            stored = replace(stored, scale=self.scale)
-        return stored == self
 
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         """gptqmodel's quantization_config; `dynamic` names what stays in plain floats."""

@@ -68,11 +68,6 @@ class Int8Block(Codec):
             "weight_scale_inv": TensorSpec("F32", grid, rows=self.block_rows),
         }
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:

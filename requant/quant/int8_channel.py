@@ -8,7 +8,6 @@ activations per token as they run.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,11 +89,6 @@ class Int8Channel(Codec):
             "weight_scale": TensorSpec(SCALE_NAMES[self._scale], (rows, 1)),
         }
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
@@ -136,12 +130,6 @@ class Int8Channel(Codec):
             codec = Int8Channel(scale=stored_scale_name(parts["weight_scale"]))
         check_specs(parts, codec.specs(rows, cols))
         return codec
-
-    def accepts(self, stored: Codec) -> bool:
-        """Scales of any float dtype, unless this format asks for one."""
-        if self.scale == "auto" and isinstance(stored, Int8Channel):
-            stored = dataclasses.replace(stored, scale="auto")
-        return stored == self
 
     def scheme(self) -> dict[str, Any] | None:
         """Preset W8A8: static weights per channel, dynamic activations per token."""

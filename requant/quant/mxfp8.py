@@ -86,11 +86,6 @@ class Mxfp8(Codec):
             self._scale_part: TensorSpec("U8", (rows, cols // GROUP_SIZE)),
         }
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:

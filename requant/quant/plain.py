@@ -52,11 +52,6 @@ class Plain(Codec):
         """`weight` [rows, cols]."""
         return {"weight": TensorSpec(self.dtype, (rows, cols))}
 
-    def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
-        """The shape of `weight`."""
-        rows, cols = parts["weight"].shape
-        return rows, cols
-
     def encode(
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
