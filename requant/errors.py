@@ -13,6 +13,11 @@ from __future__ import annotations
 class RequantError(Exception):
     """Raised for everything that is the input's fault, not requant's."""
 
+    def __str__(self) -> str:
+        """The message; of one that quotes a hostile name at length, its beginning and its end."""
+        text = super().__str__()
+        return text if len(text) <= 2500 else f"{text[:1800]} ... {text[-600:]}"
+
 
 class CheckpointError(RequantError):
     """Raised when a checkpoint cannot be read, or an output cannot be written."""

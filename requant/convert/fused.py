@@ -61,7 +61,8 @@ def split_experts(
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
         dims = len(tensor.spec.shape)
-        if match is None or dims != {"_bias": 2, "_blocks": 4}.get(match["part"], 3):
+        fused = match is not None and dims == {"_bias": 2, "_blocks": 4}.get(match["part"], 3)
+        if match is None or not fused or not tensor.spec.nbytes:  # no bytes: 2**60 experts at will
             split[name] = tensor
             continue
         if match["part"] == "_scale_inv" and match["leaf"] == "gate_up_proj":
@@ -79,11 +80,13 @@ def _require_whole_blocks(
 ) -> None:
     """Raise CheckpointError when a block of scales reaches over the end of gate into up."""
     weight = tensors.get(name.removesuffix("_scale_inv"))
-    block = (setting(config, "quantization_config") or {}).get("weight_block_size") or [128, 128]
-    rows = weight.spec.shape[1] // 2 if weight is not None else 0
-    if rows % block[0]:
+    stored = setting(config, "quantization_config")
+    block = stored.get("weight_block_size") if isinstance(stored, dict) else None
+    side = block[0] if isinstance(block, list) and block else 128
+    rows = weight.spec.shape[1] // 2 if weight is not None and len(weight.spec.shape) == 3 else 0
+    if isinstance(side, int) and side > 0 and rows % side:  # what else it is, `detect` refuses
         raise CheckpointError(
-            f"{name}: has scales for blocks of {block[0]} rows, which do not divide the {rows} "
+            f"{name}: has scales for blocks of {side} rows, which do not divide the {rows} "
             "rows of gate and of up, so one block has both"
         )
 

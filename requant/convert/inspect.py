@@ -33,11 +33,11 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     quantization = checkpoint.quantization_config or {}
     return {
         "path": str(checkpoint.path),
-        "model_type": config.get("model_type"),
-        "quantization": quantization.get("quant_method"),
-        "layers": config.get("num_hidden_layers"),
+        "model_type": _text(config.get("model_type")),
+        "quantization": _text(quantization.get("quant_method")),
+        "layers": _first(config, ["num_hidden_layers"]),
         "experts": max(experts.values(), default=0),
-        "context_length": config.get("max_position_embeddings"),
+        "context_length": _first(config, ["max_position_embeddings"]),
         "parameters": sum(map(_elements, main)),
         "active_parameters": _active_parameters(main, experts, _first(config, _TOP_K_KEYS)),
         "mtp_parameters": sum(map(_elements, by_role["mtp"])),
@@ -101,8 +101,13 @@ def _amount(count: int) -> str:
 
 
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
-    """The first of these keys that holds a number."""
-    return next((config[k] for k in keys if isinstance(config.get(k), int)), None)
+    """The first of these keys that holds a number, of a size that something can have."""
+    numbers = (config[k] for k in keys if isinstance(config.get(k), int))
+    return next((n for n in numbers if 0 <= n < 1 << 40), None)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _elements(weight: StoredWeight) -> int:
@@ -155,7 +160,7 @@ def _active_parameters(
             active += weight.shape[1]
         else:
             active += _elements(weight)
-    shares = (count * min(top_k or 0, experts[p]) // experts[p] for p, count in routed.items())
+    shares = (n * min(top_k or 0, experts[p]) // max(experts[p], 1) for p, n in routed.items())
     return active + sum(shares)
 
 

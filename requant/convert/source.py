@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,8 @@ _NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
 DIRECT_BYTES = 1 << 20
 #: Largest part whose bytes are looked at when a checkpoint is opened.
 MAX_CONTENT_BYTES = 1 << 16
+#: Longest JSON file that is read: the index of a million tensors.
+MAX_JSON_BYTES = 100_000_000
 
 #: Names of the config's groups that apply, and the parts' specs -> the codec that reads them.
 _Detected = dict[tuple[tuple[str, ...], tuple[tuple[str, TensorSpec], ...]], Codec]
@@ -141,9 +144,10 @@ class Checkpoint:
                 tensors[name] = StoredPart(name, spec, location)
         for name, file in (index or {}).items():
             if name not in tensors or tensors[name].location.file != file:
+                shown = [text if text.isprintable() else ascii(text) for text in (name, str(file))]
                 raise CheckpointError(
-                    f"{path / INDEX_NAME}: places {name} in {file}, which does not hold it; "
-                    "download both again"
+                    f"{path / INDEX_NAME}: places {shown[0]} in {shown[1]}, which does not hold "
+                    "it; download both again"
                 )
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
@@ -320,10 +324,11 @@ class Checkpoint:
                 yield self._plain_tensor(part, alone=len(parts) == 1)
             return
         module = name.removesuffix(".weight")
-        config = narrow(self.quantization_config or {}, module)
         try:
+            config = narrow(self.quantization_config or {}, module)
             specs = {p: t.spec for p, t in encoded.items()}
-            key = tuple(config.get("config_groups") or ()), tuple(specs.items())
+            groups = config.get("config_groups")
+            key = tuple(groups) if isinstance(groups, dict) else (), tuple(specs.items())
             if key not in detected:
                 detected[key] = detect_format(specs, config)
             codec = detected[key]
@@ -405,6 +410,11 @@ class _Descriptors:
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes, as a JSON file is"
+            )
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; {missing}") from None

@@ -9,13 +9,18 @@ there, so what is written has the keys that the library itself writes.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from requant.errors import FormatError
+
 QUANT_METHOD = "compressed-tensors"
 #: The top-level format of a config whose groups have formats of their own.
 MIXED = "mixed-precision"
+#: `(a+)+` backtracks exponentially, and nobody needs it to name modules.
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 
 def scheme(
@@ -111,7 +116,8 @@ def stored_scheme(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     (group,) = config["config_groups"].values()
     scheme = {key: value for key, value in group.items() if key != "targets"}
-    return {**scheme, "format": group.get("format") or config.get("format")}
+    container = group.get("format") or config.get("format")
+    return {**scheme, "format": container} if isinstance(container, str) else None
 
 
 def stored_weights(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -141,7 +147,12 @@ def _rank(target: str, module: str) -> int:
 
 @lru_cache(maxsize=4096)
 def _pattern(text: str) -> re.Pattern[str] | None:
+    if _REPEATED_GROUP.search(text):
+        raise FormatError(
+            f"config_groups: the target {reprlib.repr(text)} repeats a group, which can take for "
+            "ever to match; write it without"
+        )
     try:
         return re.compile(text)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return None
