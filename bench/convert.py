@@ -26,7 +26,7 @@ from synthetic import make_checkpoint
 from table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("bf16", "fp8-block", "int8-channel", "int4")
+TARGETS = ("bf16", "fp8-block", "int8-channel", "int4", "mxfp4", "nvfp4")
 #: What convert reports of its own peak memory may lie this far below what the kernel saw.
 RSS_SLACK = 0.05
 
