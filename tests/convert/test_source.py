@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
     "config is a folder": (
         lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
-        r"config\.json: Is a directory",
+        r"config\.json: not a regular file of at most 100000000 bytes",
     ),
     "config is not JSON": (write("config.json", b"{"), r"config\.json: not valid JSON"),
     "config is not text": (write("config.json", b"\x80\xff"), r"config\.json: not valid JSON"),
