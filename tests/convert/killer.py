@@ -58,7 +58,8 @@ def convert(source: Path, out: Path, to: str, step: int | None) -> bool:
         try:
             if step is not None:
                 kill_at(step)
-            run.TILE_ELEMENTS, run.COPY_BYTES, writer.WINDOW_BYTES = 1 << 14, 1 << 15, 1 << 15
+            run.TILE_ELEMENTS, run.CHUNK_ELEMENTS = 1 << 14, 1 << 14
+            run.COPY_BYTES, writer.WINDOW_BYTES = 1 << 15, 1 << 15
             plan = make_plan(Checkpoint.open(source), default_recipe(to))
             run.convert(plan, out, run.Runtime(torch.device("cpu"), 1))
         except BaseException as error:

@@ -70,6 +70,7 @@ def expect_same(found: Tensors, expected: Tensors) -> None:
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a row or block, of a few, and of the whole weight."""
     monkeypatch.setattr(run, "TILE_ELEMENTS", request.param)
+    monkeypatch.setattr(run, "CHUNK_ELEMENTS", 3 * request.param)
     monkeypatch.setattr(run, "COPY_BYTES", max(request.param, 1001))
 
 
@@ -79,6 +80,7 @@ def test_every_format_into_every_format(
     stored_as: str, to: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "TILE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(run, "CHUNK_ELEMENTS", 1 << 15)
     monkeypatch.setattr(run, "COPY_BYTES", 1 << 10)
     folder, out = source(stored_as), tmp_path / "out"
     plan = plan_to(folder, to)
@@ -142,6 +144,7 @@ def test_the_number_of_workers_changes_no_byte(
     to: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(run, "CHUNK_ELEMENTS", 1 << 13)
     folder = source("fp8-block")
     results = []
     for workers in (1, 2, 3):

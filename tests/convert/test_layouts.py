@@ -682,6 +682,7 @@ def test_tiles_and_workers_change_nothing_in_views(
             [(1 << 20, 1024, 1 << 23, 1), (1, 8, 101, 2), (640, 24, 999, 2)]
         ):
             monkeypatch.setattr(run, "TILE_ELEMENTS", elements)
+            monkeypatch.setattr(run, "CHUNK_ELEMENTS", 2 * elements)
             monkeypatch.setattr(run, "TALL_ROWS", tall)
             monkeypatch.setattr(run, "COPY_BYTES", copied)
             out = tmp_path / f"{target}-{number}"

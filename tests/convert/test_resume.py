@@ -68,7 +68,7 @@ def slowly(*args):
     sys.stderr.write("busy\n")
     time.sleep(0.03)
     return convert(*args)
-run._convert, run.TILE_ELEMENTS = slowly, 1 << 14
+run._convert, run.TILE_ELEMENTS, run.CHUNK_ELEMENTS = slowly, 1 << 14, 1 << 14
 from requant.cli import main
 main()
 """
