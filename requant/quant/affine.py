@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import Codes, exact_cast, refine_grid, require_finite
+from requant.quant.codec import LEAVE, PLAIN_SCALES, Codes, exact_cast, refine_grid, require_finite
 from requant.quant.search import CLIPS, search
 
 #: The largest code; the code that stands for 0 in symmetric data.
 MAX_CODE = 15
 CENTRE = 8
-#: `scale` option -> (safetensors dtype, torch dtype).
-SCALES = {"fp16": ("F16", torch.float16), "bf16": ("BF16", torch.bfloat16)}
+#: The values of their option `scale`.
+SCALES = ("fp16", "bf16")
 
 #: (low <= 0, high >= 0), the range of each group -> its float32 scale and zero point.
 Grid = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -92,8 +92,7 @@ def stored_grid(
 
     `shape` is the whole weight's. Raises FormatError when `dtype` or the groups cannot keep them.
     """
-    rows = len(codes.scale) * codes.block[0] if codes.codes is None else len(codes.codes)
-    tile = (min(rows, shape[0]), shape[1])
+    tile = codes.tile_shape(shape)
     scale = refine_grid(codes, (1, size), tile, "the format")
     if codes.zero is None:
         zero = torch.full_like(scale, CENTRE, dtype=torch.uint8)
@@ -113,7 +112,8 @@ def dynamic_rules(kept: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def scale_option(dtype: str) -> str:
     """The `scale` option of a stored dtype; F16's for one that is none of them."""
-    return next((option for option, (name, _) in SCALES.items() if name == dtype), "fp16")
+    option = PLAIN_SCALES.get(dtype)
+    return option if option in SCALES else "fp16"
 
 
 def stored_group_size(
@@ -135,8 +135,7 @@ def _require_reach(scale: torch.Tensor, dtype: torch.dtype) -> None:
     if bool(scale.to(dtype).isinf().any()):
         raise FormatError(
             f"needs the scale {float(scale.max()):.6g}, over {torch.finfo(dtype).max:.6g}, the "
-            f"largest {str(dtype).removeprefix('torch.')}; use scale=bf16, or leave this weight in "
-            "bf16 with a [modules] entry in a recipe"
+            f"largest {str(dtype).removeprefix('torch.')}; use scale=bf16, or {LEAVE}"
         )
 
 

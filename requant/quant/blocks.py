@@ -7,12 +7,44 @@ from collections.abc import Iterator
 
 import torch
 
+from requant.errors import FormatError
 from requant.quant.codec import require_finite
+
+#: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
+MAX_BLOCK_SIDE = 1 << 16
 
 #: Integers of the same size.
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 #: Columns from which on torch finds the largest integer of each group quickly.
 _LONG = 32
+
+
+def require_block(block_rows: int, block_cols: int, whose: str) -> None:
+    """Raise FormatError for a block without rows or columns."""
+    if block_rows < 1 or block_cols < 1:
+        raise FormatError(
+            f"block_rows={block_rows}, block_cols={block_cols}: "
+            f"a block has at least one row and one column; {whose} have 128 and 128"
+        )
+
+
+def stored_block(told: object, where: str) -> tuple[int, int]:
+    """The block that a config's key `where` tells, 128x128 when it tells none. Raises FormatError
+    for what is no block."""
+    block = told or [128, 128]
+    if not (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(side) is int and 0 < side <= MAX_BLOCK_SIDE for side in block)
+    ):
+        raise FormatError(f"{where} is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}")
+    return block[0], block[1]
+
+
+def tile_amax(tile: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of a tile, [1]; NaN where there is one."""
+    low, high = torch.aminmax(tile)
+    return torch.maximum(-low, high).reshape(1)
 
 
 def finite_amax(groups: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:

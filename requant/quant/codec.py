@@ -52,8 +52,12 @@ DTYPE_BITS: dict[str, int] = {
     "F8_E5M2FNUZ": 8,
 }
 
-#: The values of the option `scale` that are float dtypes.
-FLOAT_SCALES = ("bf16", "fp16", "fp32")
+#: The values of the option `scale` that are float dtypes -> what a header calls them, and back.
+FLOAT_SCALES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+PLAIN_SCALES = {dtype: option for option, dtype in FLOAT_SCALES.items()}
+
+#: The way out of a shape that a format does not hold.
+LEAVE = "leave this weight in bf16 with a [modules] entry in a recipe"
 
 #: What codes are, before any scale: signed integers of 4 and 8 bits, and two small floats.
 #: Formats that share an alphabet can hand codes to each other.
@@ -279,6 +283,31 @@ def require_choice(option: str, value: object, choices: Sequence[object]) -> Non
     """Raise FormatError when an option's value is none of its choices."""
     if value not in choices:
         raise FormatError(f"{option}={value}: expected {', '.join(map(str, choices))}")
+
+
+def scale_dtype(option: str) -> torch.dtype:
+    """The torch dtype of a value of the option `scale`."""
+    return TORCH_DTYPES[FLOAT_SCALES[option]]
+
+
+def require_groups(
+    name: str,
+    cols: int,
+    size: int,
+    offered: Sequence[int] | None = None,
+    instead: Sequence[str] = (),
+) -> None:
+    """Raise FormatError when groups of `size` do not divide the columns, saying what to use: those
+    of the sizes `offered` that do, or other formats `instead`; no size is offered by a format that
+    has but one."""
+    if cols % size == 0:
+        return
+    what = f"{name} has groups of {size}, which do not divide {cols} columns"
+    if offered is not None:
+        what = f"group size {size} does not divide {cols} columns"
+        instead = [f"{name}[group_size={g}]" for g in offered if cols % g == 0]
+    use = f"use {' or '.join(instead)}, or " if instead else ""
+    raise FormatError(f"{what} ({cols} % {size} = {cols % size}); {use}{LEAVE}")
 
 
 def check_specs(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:

@@ -9,29 +9,32 @@ as 2^(b - 127) (e8m0.py). Source: compressed-tensors 0.20.0, quantization/utils/
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from requant.errors import FormatError
 from requant.quant.codec import (
+    FLOAT_SCALES,
     TORCH_DTYPES,
     Codes,
     TensorSpec,
     exact_cast,
     require_choice,
 )
+from requant.quant.e2m1 import E2M1_VALUES
 from requant.quant.e8m0 import e8m0_to_float32, exponent_bytes, require_exponents
 
 E4M3_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
 #: The option `scale` -> how safetensors calls the dtype. "ue8m0" is a power of two kept as F32.
-SCALE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "ue8m0": "F32", "e8m0": "F8_E8M0"}
-#: The scales that are plain floats, by their safetensors dtypes.
-PLAIN_SCALES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+FLOATS = ("fp32", "bf16", "fp16")
+SCALE_DTYPES = {option: FLOAT_SCALES[option] for option in FLOATS}
+SCALE_DTYPES |= {"ue8m0": "F32", "e8m0": "F8_E8M0"}
 
 #: E2M1 values times 2^n are E4M3 values for these n: 0.5 * 2^-8 is the smallest, 6 * 2^6 = 384.
 _LOWEST_SHIFT, _HIGHEST_SHIFT = -8, 6
-_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def check_arithmetic(arithmetic: str, scale: str) -> None:
@@ -41,6 +44,13 @@ def check_arithmetic(arithmetic: str, scale: str) -> None:
         raise FormatError(
             f"arithmetic=bf16 computes scales in bf16, which scale={scale} is not; use scale=bf16"
         )
+
+
+def fine_grained_config(quant_method: str, kept: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The quantization_config that DeepSeek began and transformers, vLLM and SGLang share. `more`
+    tells the block (`weight_block_size`, None for one scale a weight) and the scales."""
+    config = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": quant_method, **more}
+    return {**config, "modules_to_not_convert": list(kept)} if kept else config
 
 
 def is_e4m3(spec: TensorSpec | None) -> bool:
@@ -162,8 +172,7 @@ def _reduce(grid: torch.Tensor, counts: tuple[int, int], fill: int) -> torch.Ten
 @functools.cache
 def _upcast_table(device: torch.device) -> torch.Tensor:
     """uint8 [15 * 16]: the E4M3 byte of E2M1 code c times 2^n at 16 * (n + 8) + c."""
-    magnitudes = torch.tensor(_E2M1_MAGNITUDES)
-    values = torch.cat((magnitudes, -magnitudes))
+    values = torch.tensor(E2M1_VALUES)
     shifts = torch.arange(_LOWEST_SHIFT, _HIGHEST_SHIFT + 1, dtype=torch.float32)
     table = torch.exp2(shifts)[:, None] * values
     return table.to(torch.float8_e4m3fn).view(torch.uint8).flatten().to(device)

@@ -18,8 +18,15 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.blocks import block_amax, block_strips, reduce_columns
+from requant.quant.blocks import (
+    block_amax,
+    block_strips,
+    reduce_columns,
+    require_block,
+    stored_block,
+)
 from requant.quant.codec import (
+    PLAIN_SCALES,
     Alphabet,
     Codec,
     Codes,
@@ -39,10 +46,10 @@ from requant.quant.compressed_tensors import (
 from requant.quant.e4m3 import (
     E4M3_MAX,
     E8M0,
-    PLAIN_SCALES,
     SCALE_DTYPES,
     exact_scale,
     exponents,
+    fine_grained_config,
     is_e4m3,
     plain_scale,
     powers_of_two,
@@ -53,8 +60,6 @@ from requant.quant.packing import e4m3_and_scale, e4m3_to_float32
 
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
-#: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
-MAX_BLOCK_SIDE = 1 << 16
 
 #: Container -> the part that holds the scales, and the scales it knows.
 _CONTAINERS = {
@@ -82,11 +87,7 @@ class Fp8Block(Codec):
     packs = frozenset[Alphabet](("e4m3", "e2m1"))
 
     def __post_init__(self) -> None:
-        if self.block_rows < 1 or self.block_cols < 1:
-            raise FormatError(
-                f"block_rows={self.block_rows}, block_cols={self.block_cols}: "
-                "a block has at least one row and one column; DeepSeek's have 128 and 128"
-            )
+        require_block(self.block_rows, self.block_cols, "DeepSeek's")
         require_choice("container", self.container, tuple(_CONTAINERS))
         require_choice("scale", self.scale, tuple(SCALE_DTYPES))
         scales = _CONTAINERS[self.container][1]
@@ -197,16 +198,7 @@ class Fp8Block(Codec):
             where, block = "weight_block_size", config.get("weight_block_size")
             if scale == "fp32" and config.get("scale_fmt") == "ue8m0":
                 scale = "ue8m0"
-        block = block or [128, 128]
-        if not (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(side) is int and 0 < side <= MAX_BLOCK_SIDE for side in block)
-        ):
-            raise FormatError(
-                f"{where} is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}"
-            )
-        codec = Fp8Block(block[0], block[1], scale, container)
+        codec = Fp8Block(*stored_block(block, where), scale, container)
         table = dataclasses.replace(codec, block_rows=1, block_cols=32)
         if (container, scale) == ("deepseek-v4", "e8m0") and (
             stored.shape == table.specs(rows, cols)[part].shape
@@ -247,17 +239,10 @@ class Fp8Block(Codec):
         """DeepSeek's quantization_config, naming what stays in plain floats; or a scheme's."""
         if self.container == QUANT_METHOD:
             return super().config(kept)
-        config: dict[str, Any] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [self.block_rows, self.block_cols],
-        }
+        more: dict[str, Any] = {"weight_block_size": list(self._block)}
         if self.scale != "fp32":
-            config["scale_fmt"] = "ue8m0"
-        if kept:
-            config["modules_to_not_convert"] = list(kept)
-        return config
+            more["scale_fmt"] = "ue8m0"
+        return fine_grained_config(self.quant_method, kept, **more)
 
     def _scale(self, amax: torch.Tensor) -> torch.Tensor:
         """The scales of blocks, as stored; each container's own rule at the bottom."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from requant.quant.codec import (
+    PLAIN_SCALES,
     Alphabet,
     Codec,
     Codes,
@@ -30,7 +31,7 @@ from requant.quant.compressed_tensors import (
     stored_weights,
 )
 from requant.quant.e4m3 import (
-    PLAIN_SCALES,
+    FLOATS,
     SCALE_DTYPES,
     check_arithmetic,
     exact_scale,
@@ -61,7 +62,7 @@ class Fp8Channel(Codec):
     packs = frozenset[Alphabet](("e4m3", "e2m1"))
 
     def __post_init__(self) -> None:
-        require_choice("scale", self.scale, tuple(PLAIN_SCALES.values()))
+        require_choice("scale", self.scale, FLOATS)
         check_arithmetic(self.arithmetic, self.scale)
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant.blocks import tile_amax
 from requant.quant.codec import (
+    PLAIN_SCALES,
     Alphabet,
     Codec,
     Codes,
@@ -32,10 +34,11 @@ from requant.quant.compressed_tensors import (
     stored_weights,
 )
 from requant.quant.e4m3 import (
-    PLAIN_SCALES,
+    FLOATS,
     SCALE_DTYPES,
     check_arithmetic,
     exact_scale,
+    fine_grained_config,
     is_e4m3,
     plain_scale,
     quantize,
@@ -74,7 +77,7 @@ class Fp8Tensor(Codec):
 
     def __post_init__(self) -> None:
         require_choice("container", self.container, tuple(_CONTAINERS))
-        require_choice("scale", self.scale, tuple(PLAIN_SCALES.values()))
+        require_choice("scale", self.scale, FLOATS)
         check_arithmetic(self.arithmetic, self.scale)
 
     @property
@@ -105,8 +108,7 @@ class Fp8Tensor(Codec):
 
     def measure(self, tile: torch.Tensor) -> torch.Tensor:
         """amax of the tile, [1]."""
-        low, high = torch.aminmax(tile)
-        return torch.maximum(-low, high).reshape(1)
+        return tile_amax(tile)
 
     def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
         """amax of the weight, [1]."""
@@ -185,15 +187,7 @@ class Fp8Tensor(Codec):
         """transformers' quantization_config without blocks; or the scheme's."""
         if self.container == QUANT_METHOD:
             return super().config(kept)
-        config: dict[str, Any] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": None,
-        }
-        if kept:
-            config["modules_to_not_convert"] = list(kept)
-        return config
+        return fine_grained_config(self.quant_method, kept, weight_block_size=None)
 
     def _require_written(self) -> None:
         if self.read_only:

@@ -18,6 +18,8 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant.codec import (
+    FLOAT_SCALES,
+    PLAIN_SCALES,
     Codec,
     Codes,
     TensorSpec,
@@ -25,15 +27,14 @@ from requant.quant.codec import (
     check_specs,
     exact_cast,
     refine_grid,
+    require_groups,
+    scale_dtype,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
 from requant.quant.integer import (
-    SCALE_DTYPES,
-    SCALE_NAMES,
     check_options,
     quantize_asymmetric,
     quantize_symmetric,
-    stored_scale_name,
 )
 from requant.quant.packing import nibbles_to_float32, pack_nibbles, row_major, unpack_nibbles
 
@@ -104,17 +105,10 @@ class Int4(Codec):
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
         size = self._group(cols)
-        if cols % size:
-            fitting = [f"{self.name}[group_size={g}]" for g in GROUP_SIZES if cols % g == 0]
-            way_out = f"use {' or '.join(fitting)}, or " if fitting else ""
-            raise FormatError(
-                f"group size {size} does not divide {cols} columns "
-                f"({cols} % {size} = {cols % size}); "
-                f"{way_out}leave this weight in bf16 with a [modules] entry in a recipe"
-            )
+        require_groups(self.name, cols, size, GROUP_SIZES)
         specs = {
             "weight_packed": TensorSpec("I32", (rows, -(-cols // 8))),
-            "weight_scale": TensorSpec(SCALE_NAMES[self.scale], (rows, cols // size)),
+            "weight_scale": TensorSpec(FLOAT_SCALES[self.scale], (rows, cols // size)),
         }
         if not self.symmetric:
             specs["weight_zero_point"] = TensorSpec("I32", (-(-rows // 8), cols // size), rows=8)
@@ -143,7 +137,7 @@ class Int4(Codec):
         if self.act_order:
             raise FormatError("act_order=true is only read; write int4 without it")
         groups = tile.reshape(len(tile), -1, self._group(shape[1]))
-        how = (self.arithmetic, SCALE_DTYPES[self.scale], self.method)
+        how = (self.arithmetic, scale_dtype(self.scale), self.method)
         if self.symmetric:
             codes, scale = quantize_symmetric(groups, 4, *how)
             return self._parts(_stored(codes.flatten(1)), scale, None, shape)
@@ -188,7 +182,7 @@ class Int4(Codec):
             raise FormatError("act_order=true is only read; write int4 without it")
         self.specs(*shape)  # refuses a group that does not divide
         block, tile = (1, self.group_size), codes.tile_shape(shape)
-        scale = exact_cast(refine_grid(codes, block, tile, self.name), SCALE_DTYPES[self.scale])
+        scale = exact_cast(refine_grid(codes, block, tile, self.name), scale_dtype(self.scale))
         zero = codes.zero
         if zero is not None and self.symmetric:
             other = zero[zero != MIDDLE]
@@ -297,4 +291,4 @@ def _stored_codec(parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | N
     if not isinstance(symmetric, bool):
         return None
     ordered = weights.get("actorder") in (True, "group") or "weight_g_idx" in parts
-    return Int4(size, symmetric, stored_scale_name(parts["weight_scale"]), ordered)
+    return Int4(size, symmetric, PLAIN_SCALES.get(parts["weight_scale"].dtype, "bf16"), ordered)

@@ -30,7 +30,18 @@ from requant.quant.affine import (
     stored_grid,
     stored_group_size,
 )
-from requant.quant.codec import Codec, Codes, TensorSpec, Tolerance, check_specs, require_choice
+from requant.quant.codec import (
+    FLOAT_SCALES,
+    LEAVE,
+    Codec,
+    Codes,
+    TensorSpec,
+    Tolerance,
+    check_specs,
+    require_choice,
+    require_groups,
+    scale_dtype,
+)
 from requant.quant.packing import row_major
 from requant.quant.search import METHODS
 
@@ -60,7 +71,7 @@ class Int4Awq(Codec):
 
     def __post_init__(self) -> None:
         require_choice("group_size", self.group_size, GROUP_SIZES)
-        require_choice("scale", self.scale, tuple(SCALES))
+        require_choice("scale", self.scale, SCALES)
         require_choice("method", self.method, METHODS)
 
     def row_alignment(self, cols: int) -> int:
@@ -70,23 +81,16 @@ class Int4Awq(Codec):
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes, zero points and scales, transposed. Raises when rows or groups do not divide."""
         size = self._size(cols)
-        way_out = "leave this weight in bf16 with a [modules] entry in a recipe"
         if rows % ROW_MULTIPLE:
             raise FormatError(
                 f"AWQ packs {ROW_MULTIPLE} rows at a time and does not hold {rows} "
-                f"({rows} % {ROW_MULTIPLE} = {rows % ROW_MULTIPLE}); use int4-gptq, or {way_out}"
+                f"({rows} % {ROW_MULTIPLE} = {rows % ROW_MULTIPLE}); use int4-gptq, or {LEAVE}"
             )
-        if cols % size:
-            fitting = [f"{self.name}[group_size={g}]" for g in GROUP_SIZES[1:] if cols % g == 0]
-            use = f"use {' or '.join(fitting)}, or " if fitting else ""
-            raise FormatError(
-                f"group size {size} does not divide {cols} columns "
-                f"({cols} % {size} = {cols % size}); {use}{way_out}"
-            )
+        require_groups(self.name, cols, size, GROUP_SIZES[1:])
         return {
             "qweight": TensorSpec("I32", (cols, rows // 8), rows=8, axis=1),
             "qzeros": TensorSpec("I32", (cols // size, rows // 8), rows=8, axis=1),
-            "scales": TensorSpec(SCALES[self.scale][0], (cols // size, rows), axis=1),
+            "scales": TensorSpec(FLOAT_SCALES[self.scale], (cols // size, rows), axis=1),
         }
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -97,7 +101,7 @@ class Int4Awq(Codec):
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """(max - min) / 15 per group, codes 0..15 around the zero point."""
-        dtype = SCALES[self.scale][1]
+        dtype = scale_dtype(self.scale)
         codes, scale, zero = quantize(tile, self._size(shape[1]), _grid, self.method, dtype)
         return {"qweight": pack_rows(codes), **_scale_parts(scale, zero)}
 
@@ -121,7 +125,7 @@ class Int4Awq(Codec):
         """INT4 codes with any zero points, whose scales the stored dtype holds exactly."""
         if codes.alphabet != "int4":
             return super().pack(codes, shape)
-        scale, zero = stored_grid(codes, self._size(shape[1]), shape, SCALES[self.scale][1])
+        scale, zero = stored_grid(codes, self._size(shape[1]), shape, scale_dtype(self.scale))
         parts = {} if codes.codes is None else {"qweight": pack_rows(codes.codes)}
         return {**parts, **_scale_parts(scale, zero)}
 

@@ -33,7 +33,16 @@ from requant.quant.affine import (
     stored_grid,
     stored_group_size,
 )
-from requant.quant.codec import Codec, Codes, TensorSpec, Tolerance, check_specs, require_choice
+from requant.quant.codec import (
+    FLOAT_SCALES,
+    Codec,
+    Codes,
+    TensorSpec,
+    Tolerance,
+    check_specs,
+    require_choice,
+    scale_dtype,
+)
 from requant.quant.packing import nibbles_to_float32, pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS
 
@@ -72,7 +81,7 @@ class Int4Gptq(Codec):
     def __post_init__(self) -> None:
         require_choice("group_size", self.group_size, GROUP_SIZES)
         require_choice("version", self.version, tuple(VERSIONS))
-        require_choice("scale", self.scale, tuple(SCALES))
+        require_choice("scale", self.scale, SCALES)
         require_choice("method", self.method, METHODS)
 
     @property
@@ -90,7 +99,7 @@ class Int4Gptq(Codec):
         return {
             "qweight": TensorSpec("I32", (-(-cols // 8), rows), axis=1),
             "qzeros": TensorSpec("I32", (groups, -(-rows // 8)), rows=8, axis=1),
-            "scales": TensorSpec(SCALES[self.scale][0], (groups, rows), axis=1),
+            "scales": TensorSpec(FLOAT_SCALES[self.scale], (groups, rows), axis=1),
             "g_idx": TensorSpec("I32", (cols,), rows=0),
         }
 
@@ -103,7 +112,7 @@ class Int4Gptq(Codec):
     ) -> dict[str, torch.Tensor]:
         """2 amax / 15 or (max - min) / 15 per group, codes 0..15 around the zero point."""
         self._refuse_act_order()
-        dtype = SCALES[self.scale][1]
+        dtype = scale_dtype(self.scale)
         codes, scale, zero = quantize(tile, self._size(shape[1]), self._grid, self.method, dtype)
         return {"qweight": _pack_cols(codes), **self._scale_parts(scale, zero, shape[1])}
 
@@ -140,7 +149,7 @@ class Int4Gptq(Codec):
         if codes.alphabet != "int4":
             return super().pack(codes, shape)
         self._refuse_act_order()
-        scale, zero = stored_grid(codes, self._size(shape[1]), shape, SCALES[self.scale][1])
+        scale, zero = stored_grid(codes, self._size(shape[1]), shape, scale_dtype(self.scale))
         if self.symmetric and bool((zero != CENTRE).any()):
             other = int(zero[zero != CENTRE][0])
             raise FormatError(

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from requant.errors import FormatError
-from requant.quant.blocks import block_amax, block_strips
+from requant.quant.blocks import block_amax, block_strips, require_block, stored_block
 from requant.quant.codec import (
     Codec,
     Codes,
@@ -29,8 +28,6 @@ from requant.quant.integer import cast_scale, round_to_int8
 
 QUANT_METHOD = "blockwise_int8"
 INT8_MAX = 127.0
-#: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
-MAX_BLOCK_SIDE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,7 @@ class Int8Block(Codec):
     packs = frozenset({"int8"})
 
     def __post_init__(self) -> None:
-        if self.block_rows < 1 or self.block_cols < 1:
-            raise FormatError(
-                f"block_rows={self.block_rows}, block_cols={self.block_cols}: "
-                "a block has at least one row and one column; SGLang's have 128 and 128"
-            )
+        require_block(self.block_rows, self.block_cols, "SGLang's")
 
     def row_alignment(self, cols: int) -> int:
         """Tiles start on a block boundary."""
@@ -114,16 +107,8 @@ class Int8Block(Codec):
             return None
         if len(parts["weight"].shape) != 2:
             return None
-        block = (config or {}).get("weight_block_size") or [self.block_rows, self.block_cols]
-        if not (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(side) is int and 0 < side <= MAX_BLOCK_SIDE for side in block)
-        ):
-            raise FormatError(
-                f"weight_block_size is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}"
-            )
-        codec = Int8Block(*block)
+        told = (config or {}).get("weight_block_size")
+        codec = Int8Block(*stored_block(told, "weight_block_size"))
         check_specs(parts, codec.specs(*codec.shape(parts)))
         return codec
 

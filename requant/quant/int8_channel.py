@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from requant.quant.codec import (
+    FLOAT_SCALES,
+    PLAIN_SCALES,
     Codec,
     Codes,
     TensorSpec,
@@ -23,6 +25,7 @@ from requant.quant.codec import (
     exact_cast,
     refine_grid,
     require_choice,
+    scale_dtype,
 )
 from requant.quant.compressed_tensors import (
     QUANT_METHOD,
@@ -31,11 +34,8 @@ from requant.quant.compressed_tensors import (
     stored_weights,
 )
 from requant.quant.integer import (
-    SCALE_DTYPES,
-    SCALE_NAMES,
     check_options,
     quantize_symmetric,
-    stored_scale_name,
 )
 
 #: Container -> the dtype of its scales unless the option `scale` says otherwise.
@@ -86,7 +86,7 @@ class Int8Channel(Codec):
         """Codes and one scale a row."""
         return {
             "weight": TensorSpec("I8", (rows, cols)),
-            "weight_scale": TensorSpec(SCALE_NAMES[self._scale], (rows, 1)),
+            "weight_scale": TensorSpec(FLOAT_SCALES[self._scale], (rows, 1)),
         }
 
     def encode(
@@ -95,7 +95,7 @@ class Int8Channel(Codec):
         """amax / 127.5 per row (SGLang: 127), codes -128..127."""
         half_range = 127.0 if self.container == "sglang" else 127.5
         codes, scale = quantize_symmetric(
-            tile, 8, self.arithmetic, SCALE_DTYPES[self._scale], self.method, half_range
+            tile, 8, self.arithmetic, scale_dtype(self._scale), self.method, half_range
         )
         return {"weight": codes, "weight_scale": scale[:, None]}
 
@@ -112,7 +112,7 @@ class Int8Channel(Codec):
         if codes.alphabet not in self.packs:
             return super().pack(codes, shape)
         scale = refine_grid(codes, (1, -1), codes.tile_shape(shape), self.name)
-        parts = {"weight_scale": exact_cast(scale, SCALE_DTYPES[self._scale])}
+        parts = {"weight_scale": exact_cast(scale, scale_dtype(self._scale))}
         return parts if codes.codes is None else {"weight": codes.codes, **parts}
 
     def detect(
@@ -127,7 +127,7 @@ class Int8Channel(Codec):
         if (config or {}).get("quant_method") == SGLANG_METHOD:
             codec = Int8Channel("sglang")
         else:
-            codec = Int8Channel(scale=stored_scale_name(parts["weight_scale"]))
+            codec = Int8Channel(scale=PLAIN_SCALES.get(parts["weight_scale"].dtype, "bf16"))
         check_specs(parts, codec.specs(rows, cols))
         return codec
 

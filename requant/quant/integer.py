@@ -18,14 +18,10 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant.blocks import finite_amax
-from requant.quant.codec import TensorSpec, require_choice, require_finite
+from requant.quant.codec import FLOAT_SCALES, require_choice, require_finite, scale_dtype
 from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
-
-#: Option `scale` -> dtype of the stored scales, and its name in a header.
-SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SCALE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 #: The ends of an asymmetric group are clipped alone as well as together.
 _CLIP_PAIRS = (
@@ -37,7 +33,7 @@ _CLIP_PAIRS = (
 
 def check_options(scale: str, method: str, arithmetic: str) -> None:
     """Raise FormatError for an unknown value, or values that do not go together."""
-    require_choice("scale", scale, tuple(SCALE_DTYPES))
+    require_choice("scale", scale, tuple(FLOAT_SCALES))
     require_choice("method", method, METHODS)
     require_choice("arithmetic", arithmetic, ARITHMETICS)
     if arithmetic == "bf16" and (scale, method) != ("bf16", "rtn"):
@@ -45,11 +41,6 @@ def check_options(scale: str, method: str, arithmetic: str) -> None:
             f"arithmetic=bf16 repeats compressed-tensors, which knows scale=bf16 and method=rtn, "
             f"not scale={scale} and method={method}; leave it out"
         )
-
-
-def stored_scale_name(spec: TensorSpec, default: str = "bf16") -> str:
-    """The option `scale` of a stored part; `default` for a dtype that none has."""
-    return next((name for name, dtype in SCALE_NAMES.items() if dtype == spec.dtype), default)
 
 
 def quantize_symmetric(
@@ -128,7 +119,7 @@ def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     beyond the dtype's range."""
     cast = scale.to(dtype)
     if not bool(torch.isfinite(cast).all()):
-        name = next(name for name, known in SCALE_DTYPES.items() if known == dtype)
+        name = next(name for name in FLOAT_SCALES if scale_dtype(name) == dtype)
         raise FormatError(
             f"needs the scale {float(scale.max()):.6g}, beyond {name}'s largest value "
             f"{torch.finfo(dtype).max:.6g}; use scale=bf16 for this weight"

@@ -32,9 +32,11 @@ from requant.quant.codec import (
     exact_cast,
     refine_grid,
     require_choice,
+    require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
 from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, e2m1_to_float32, round_to_e2m1
+from requant.quant.e4m3 import fine_grained_config
 from requant.quant.e8m0 import (
     RULES,
     e8m0_reciprocal,
@@ -111,12 +113,7 @@ class Mxfp4(Codec):
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and exponents. Raises when 32 does not divide the columns."""
-        if cols % GROUP:
-            raise FormatError(
-                f"{self.name} has groups of {GROUP}, which do not divide {cols} columns "
-                f"({cols} % {GROUP} = {cols % GROUP}); "
-                "leave this weight in bf16 with a [modules] entry in a recipe"
-            )
+        require_groups(self.name, cols, GROUP)
         codes, exponents, _ = _CONTAINERS[self.container]
         grid = (rows, cols // GROUP)
         match self.container:
@@ -173,15 +170,14 @@ class Mxfp4(Codec):
         """The same codes and exponents. Raises FormatError for scales that are no power of two for
         32 columns or more."""
         self._require_writable()
-        if codes.alphabet != "e2m1":
-            raise FormatError(f"{self.name} takes no codes of {codes.alphabet}")
+        if codes.alphabet not in self.packs:
+            return super().pack(codes, shape)
         if codes.divisor is not None:
             raise FormatError(
                 f"{self.name} has one power of two for {GROUP} weights; the source is nvfp4, with "
                 "an E4M3 scale for 16 and a global one, and needs requantizing"
             )
-        tile = (len(codes.scale), shape[1]) if codes.codes is None else tuple(codes.codes.shape)
-        scale = refine_grid(codes, (1, GROUP), (tile[0], tile[1]), self.name)
+        scale = refine_grid(codes, (1, GROUP), codes.tile_shape(shape), self.name)
         exponents = exact_cast(scale, torch.float8_e8m0fnu).view(torch.uint8)
         packed = None if codes.codes is None else pack_nibbles(codes.codes).view(torch.uint8)
         return self._parts(packed, exponents)
@@ -233,15 +229,11 @@ class Mxfp4(Codec):
         experts; that the experts are FP4 stands beside it (`expert_dtype`)."""
         if self.container == "compressed-tensors":
             return super().config(kept)
-        config: dict[str, Any] = {"quant_method": self.quant_method}
         if self.container == "deepseek-v4":
-            config = {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": self.quant_method,
-                "scale_fmt": "ue8m0",
-                "weight_block_size": [128, 128],
-            }
+            return fine_grained_config(
+                self.quant_method, kept, scale_fmt="ue8m0", weight_block_size=[128, 128]
+            )
+        config: dict[str, Any] = {"quant_method": self.quant_method}
         return {**config, "modules_to_not_convert": list(kept)} if kept else config
 
     def _parts(

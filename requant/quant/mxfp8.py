@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from requant.errors import FormatError
 from requant.quant.blocks import finite_amax
 from requant.quant.codec import (
     Alphabet,
@@ -25,12 +24,14 @@ from requant.quant.codec import (
     check_specs,
     refine_grid,
     require_choice,
+    require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
 from requant.quant.e4m3 import (
     E8M0,
     exact_scale,
     exponents,
+    fine_grained_config,
     is_e4m3,
     powers_of_two,
     upcast_e2m1,
@@ -75,12 +76,7 @@ class Mxfp8(Codec):
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and exponents. Raises when groups of 32 do not fill the rows."""
-        if cols % GROUP_SIZE:
-            raise FormatError(
-                f"{self.name} has groups of {GROUP_SIZE}, which do not divide {cols} columns "
-                f"({cols} % {GROUP_SIZE} = {cols % GROUP_SIZE}); use fp8-channel or fp8-block, or "
-                "leave this weight in bf16 with a [modules] entry in a recipe"
-            )
+        require_groups(self.name, cols, GROUP_SIZE, instead=("fp8-channel", "fp8-block"))
         return {
             "weight": TensorSpec("F8_E4M3", (rows, cols)),
             self._scale_part: TensorSpec("U8", (rows, cols // GROUP_SIZE)),
@@ -151,13 +147,6 @@ class Mxfp8(Codec):
         """MiniMax's quantization_config, naming what stays in plain floats; or the scheme's."""
         if self.container == QUANT_METHOD:
             return super().config(kept)
-        config: dict[str, Any] = {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "mxfp8",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": list(_GROUP),
-        }
-        if kept:
-            config["modules_to_not_convert"] = list(kept)
-        return config
+        return fine_grained_config(
+            self.quant_method, kept, scale_fmt="ue8m0", weight_block_size=list(_GROUP)
+        )

@@ -21,7 +21,7 @@ import torch
 
 import requant
 from requant.errors import FormatError
-from requant.quant.blocks import finite_amax
+from requant.quant.blocks import finite_amax, tile_amax
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -33,14 +33,15 @@ from requant.quant.codec import (
     refine_grid,
     require_choice,
     require_finite,
+    require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
 from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, e2m1_to_float32, round_to_e2m1
+from requant.quant.e4m3 import E4M3_MAX
 from requant.quant.packing import e4m3_to_float32, pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS, search
 
 GROUP = 16
-E4M3_MAX = 448.0
 #: The largest global scale: it and its reciprocal are normal float32. Reached by amax < 3.2e-35.
 _MOST = 2.0**126
 #: container -> names of codes, local and global scale; the local scale of a group of zeros.
@@ -89,12 +90,7 @@ class Nvfp4(Codec):
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes, local scales, global scale. Raises when 16 does not divide the columns."""
-        if cols % GROUP:
-            raise FormatError(
-                f"{self.name} has groups of {GROUP}, which do not divide {cols} columns "
-                f"({cols} % {GROUP} = {cols % GROUP}); "
-                "leave this weight in bf16 with a [modules] entry in a recipe"
-            )
+        require_groups(self.name, cols, GROUP)
         codes, local, whole, _ = _CONTAINERS[self.container]
         return {
             codes: TensorSpec("U8", (rows, cols // 2)),
@@ -109,8 +105,7 @@ class Nvfp4(Codec):
 
     def measure(self, tile: torch.Tensor) -> torch.Tensor:
         """The tile's amax, float32 [1]. Raises FormatError for NaN or infinity."""
-        low, high = torch.aminmax(tile)
-        amax = torch.maximum(-low, high).reshape(1)
+        amax = tile_amax(tile)
         require_finite(amax)
         return self._round(amax)
 
@@ -167,16 +162,15 @@ class Nvfp4(Codec):
         decoded values then change by at most an ulp or two of float32, far below BF16's. Raises
         FormatError for scales that are not NVFP4's.
         """
-        if codes.alphabet != "e2m1":
-            raise FormatError(f"{self.name} takes no codes of {codes.alphabet}")
+        if codes.alphabet not in self.packs:
+            return super().pack(codes, shape)
         if codes.divisor is None:
             raise FormatError(
                 f"{self.name} has E4M3 scales for {GROUP} weights and a global one; the source is "
                 "mxfp4, with powers of two from 2^-127 to 2^127 that E4M3 may not reach, and needs "
                 "requantizing"
             )
-        tile = (len(codes.scale), shape[1]) if codes.codes is None else tuple(codes.codes.shape)
-        scale = refine_grid(codes, (1, GROUP), (tile[0], tile[1]), self.name)
+        scale = refine_grid(codes, (1, GROUP), codes.tile_shape(shape), self.name)
         local = exact_cast(scale, torch.float8_e4m3fn)
         packed = None if codes.codes is None else pack_nibbles(codes.codes).view(torch.uint8)
         return self._parts(packed, local, self._divisor(codes.divisor))

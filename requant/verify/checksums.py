@@ -15,15 +15,13 @@ CHUNK_BYTES = 1 << 23
 
 def recorded(folder: Path) -> Mapping[str, Finished]:
     """Size and SHA-256 of every weight file, from requant.json. Raises CheckpointError without."""
-    manifest = read_manifest(folder)
-    written = manifest.get("written") if manifest is not None else None
     try:
-        assert isinstance(written, dict)
+        written = (read_manifest(folder) or {})["written"]
         return {
             Path(name).name: Finished(int(facts["nbytes"]), str(facts["sha256"]))
             for name, facts in written.items()
         }
-    except (AssertionError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{folder / MANIFEST_NAME}: holds no checksums; only a finished conversion has them"
         ) from None
