@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 import torch
 from table import markdown
 
-from requant.convert.run import TILE_ELEMENTS
 from requant.convert.source import iter_tiles
+from requant.convert.steps import TILE_ELEMENTS
 from requant.quant import CODECS, Codec, format_name, parse_format
 
 SHAPE = (2048, 7168)

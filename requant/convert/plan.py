@@ -122,6 +122,10 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """The stable JSON keys that `plan` and `convert` share."""
+        return dict(self._summary)
+
+    @cached_property
+    def _summary(self) -> dict[str, Any]:
         converted = [weight for weight in self.weights if weight.codec is not None]
         lossless = sum(weight.lossless for weight in converted)
         formats = Counter(

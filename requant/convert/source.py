@@ -6,14 +6,10 @@ name over the whole checkpoint.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import math
-import os
 import stat
-import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +18,9 @@ from typing import Any
 import torch
 
 from requant.convert.fused import StoredPart, split_experts
-from requant.convert.header import DATA_ALIGNMENT, read_exactly, read_header
+from requant.convert.header import read_header
 from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
+from requant.convert.reader import Files
 from requant.errors import CheckpointError, FormatError
 from requant.quant import (
     ACTIVATION_PARTS,
@@ -34,7 +31,7 @@ from requant.quant import (
     detect_format,
     format_name,
 )
-from requant.quant.codec import DTYPE_BITS, TORCH_DTYPES
+from requant.quant.codec import DTYPE_BITS
 from requant.quant.compressed_tensors import narrow
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,8 +40,6 @@ MODELOPT_NAME = "hf_quant_config.json"
 
 #: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
 _NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
-#: Reads of at least this size go past the page cache when asked to.
-DIRECT_BYTES = 1 << 20
 #: Largest part whose bytes are looked at when a checkpoint is opened.
 MAX_CONTENT_BYTES = 1 << 16
 #: Longest JSON file that is read: the index of a million tensors.
@@ -181,7 +176,7 @@ class Checkpoint:
     def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
         shape = part.spec.shape
-        return self._read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
+        return self._files.read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
 
     def read_part(self, part: StoredPart, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """What a tile of rows start:stop of the weight has of a part; `spec` is its codec's."""
@@ -189,78 +184,16 @@ class Checkpoint:
         first, last = replace(spec, shape=part.spec.shape).row_range(start, stop)
         if spec.axis == 0:
             return self.read_rows(part, first, last)
-        return self._read(part, (part.spec.shape[0], last - first), 0, first)
-
-    def _read(
-        self, part: StoredPart, shape: tuple[int, ...], row: int, column: int
-    ) -> torch.Tensor:
-        """A patch of the given shape, in its own dtype: whole rows from `row` on, or, of a matrix,
-        columns from `column` on."""
-        dtype = TORCH_DTYPES.get(part.spec.dtype)
-        if dtype is None:
-            raise FormatError(f"{part.name}: torch has no dtype for {part.spec.dtype}")
-        stored = part.spec.shape
-        if part.spec.dtype == "F4" and stored:  # two codes a byte, one element of TORCH_DTYPES
-            stored, shape = (*stored[:-1], stored[-1] // 2), (*shape[:-1], shape[-1] // 2)
-        location, itemsize = part.location, dtype.itemsize
-        line = math.prod(shape[1:]) * itemsize  # bytes of a row of the patch
-        step, element = part.strides or (math.prod(stored[1:]) * itemsize, None)
-        rows = shape[0] if shape else 1
-        if element is not None:  # a transposed view: read its columns, each with gaps or without
-            begin = location.begin + row * step + column * element
-            span = (rows - 1) * step + itemsize if rows else 0
-            gaps = [self._span(location.file, begin + c * element, span) for c in range(shape[1])]
-            lines = torch.stack(gaps) if gaps else torch.empty(0, 0, dtype=torch.uint8)
-            picked = lines.as_strided((len(gaps), rows, itemsize), (span, step, 1))
-            return picked.contiguous().view(dtype).reshape(len(gaps), rows).t().contiguous()
-        begin = location.begin + row * step + column * itemsize
-        if line == step or rows == 1 or not rows:
-            return self._span(location.file, begin, rows * line).view(dtype).reshape(shape)
-        if column == 0 and line * 4 >= step:  # rows with small gaps: read over them
-            raw = self._span(location.file, begin, (rows - 1) * step + line)
-            picked = raw.as_strided((rows, line), (step, 1)).contiguous()
-        else:
-            picked = torch.stack(
-                [self._span(location.file, begin + r * step, line) for r in range(rows)]
-            )
-        return picked.view(dtype).reshape(shape)
-
-    def _span(self, file: str, begin: int, count: int) -> torch.Tensor:
-        return self.read_bytes(file, begin, begin + count)
+        return self._files.read(part, (part.spec.shape[0], last - first), 0, first)
 
     def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a file as uint8."""
-        if end - begin >= DIRECT_BYTES and self._descriptors.direct:
-            return self._read_direct(file, begin, end)
-        raw = torch.empty(end - begin, dtype=torch.uint8)
-        if end > begin:
-            target = memoryview(raw.numpy().data)
-            read_exactly(self._descriptors.get(file), begin, end, target, self.path / file)
-        return raw
+        return self._files.read_bytes(file, begin, end)
 
-    def _read_direct(self, file: str, begin: int, end: int) -> torch.Tensor:
-        """Read past the page cache: whole aligned pages into an aligned buffer."""
-        first = begin // DATA_ALIGNMENT * DATA_ALIGNMENT
-        size = -(-(end - first) // DATA_ALIGNMENT) * DATA_ALIGNMENT
-        raw = torch.empty(size + DATA_ALIGNMENT, dtype=torch.uint8)
-        raw = raw[-raw.data_ptr() % DATA_ALIGNMENT :][:size]
-        target = memoryview(raw.numpy().data)
-        try:
-            read_exactly(self._descriptors.get(file, True), first, end, target, self.path / file)
-        except CheckpointError:  # a file system may give up half-way; what is really wrong recurs
-            target = memoryview(raw[: end - first].numpy().data)
-            read_exactly(self._descriptors.get(file), first, end, target, self.path / file)
-        return raw[begin - first : end - first]
-
-    @contextlib.contextmanager
-    def past_the_cache(self) -> Iterator[None]:
+    def past_the_cache(self) -> AbstractContextManager[None]:
         """While inside, large reads leave the page cache alone, where the file system lets them:
         right for what is read once."""
-        self._descriptors.direct = True
-        try:
-            yield
-        finally:
-            self._descriptors.direct = False
+        return self._files.past_the_cache()
 
     def read_tile(self, weight: StoredWeight, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The stored parts of rows start:stop of a matrix."""
@@ -372,39 +305,8 @@ class Checkpoint:
         return StoredWeight(part.name, role, shape, None, {last: part})
 
     @cached_property
-    def _descriptors(self) -> _Descriptors:
-        return _Descriptors(self.path)
-
-
-class _Descriptors:
-    """Open files of a checkpoint: opened when first read, closed with the checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.direct = False
-        self._path = path
-        self._open: dict[tuple[str, bool], int] = {}
-        self._lock = threading.Lock()
-
-    def get(self, file: str, direct: bool = False) -> int:
-        """The descriptor of a file; for direct reads one of its own, where they are possible."""
-        with self._lock:
-            if (file, direct) not in self._open:
-                self._open[file, direct] = self._opened(self._path / file, direct)
-            return self._open[file, direct]
-
-    def _opened(self, path: Path, direct: bool) -> int:
-        flag = getattr(os, "O_DIRECT", 0) if direct else 0
-        try:
-            return os.open(path, os.O_RDONLY | flag)
-        except OSError as error:
-            if error.errno == errno.EINVAL and flag:
-                return self._opened(path, False)
-            raise CheckpointError(f"{path}: {error.strerror}") from error
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+    def _files(self) -> Files:
+        return Files(self.path)
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import requant.convert.run as run
+import requant.convert.steps as steps
 import requant.convert.writer as writer
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
@@ -58,8 +59,8 @@ def convert(source: Path, out: Path, to: str, step: int | None) -> bool:
         try:
             if step is not None:
                 kill_at(step)
-            run.TILE_ELEMENTS, run.CHUNK_ELEMENTS = 1 << 14, 1 << 14
-            run.COPY_BYTES, writer.WINDOW_BYTES = 1 << 15, 1 << 15
+            steps.TILE_ELEMENTS, steps.CHUNK_ELEMENTS = 1 << 14, 1 << 14
+            steps.COPY_BYTES, writer.WINDOW_BYTES = 1 << 15, 1 << 15
             plan = make_plan(Checkpoint.open(source), default_recipe(to))
             run.convert(plan, out, run.Runtime(torch.device("cpu"), 1))
         except BaseException as error:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import requant.convert.run as run
+import requant.convert.steps as steps
 from requant.convert.plan import Plan, make_plan
 from requant.convert.recipe import default_recipe, parse_recipe
 from requant.convert.run import Runtime, convert
@@ -69,9 +69,9 @@ def expect_same(found: Tensors, expected: Tensors) -> None:
 @pytest.fixture(params=[1, 1 << 14, 1 << 21], ids=["rows", "small", "whole"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a row or block, of a few, and of the whole weight."""
-    monkeypatch.setattr(run, "TILE_ELEMENTS", request.param)
-    monkeypatch.setattr(run, "CHUNK_ELEMENTS", 3 * request.param)
-    monkeypatch.setattr(run, "COPY_BYTES", max(request.param, 1001))
+    monkeypatch.setattr(steps, "TILE_ELEMENTS", request.param)
+    monkeypatch.setattr(steps, "CHUNK_ELEMENTS", 3 * request.param)
+    monkeypatch.setattr(steps, "COPY_BYTES", max(request.param, 1001))
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -79,9 +79,9 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_format_into_every_format(
     stored_as: str, to: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "TILE_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(run, "CHUNK_ELEMENTS", 1 << 15)
-    monkeypatch.setattr(run, "COPY_BYTES", 1 << 10)
+    monkeypatch.setattr(steps, "TILE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(steps, "CHUNK_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(steps, "COPY_BYTES", 1 << 10)
     folder, out = source(stored_as), tmp_path / "out"
     plan = plan_to(folder, to)
     result = run_plan(plan, out, workers=2)
@@ -143,8 +143,8 @@ def test_the_size_of_a_tile_changes_nothing(
 def test_the_number_of_workers_changes_no_byte(
     to: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "TILE_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(run, "CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(steps, "TILE_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(steps, "CHUNK_ELEMENTS", 1 << 13)
     folder = source("fp8-block")
     results = []
     for workers in (1, 2, 3):

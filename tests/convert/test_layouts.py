@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-import requant.convert.run as run
+import requant.convert.steps as steps
 from requant.convert.inspect import inspect
 from requant.convert.names import fused_set
 from requant.convert.plan import Plan, PlannedWeight, make_plan
@@ -681,10 +681,10 @@ def test_tiles_and_workers_change_nothing_in_views(
         for number, (elements, tall, copied, workers) in enumerate(
             [(1 << 20, 1024, 1 << 23, 1), (1, 8, 101, 2), (640, 24, 999, 2)]
         ):
-            monkeypatch.setattr(run, "TILE_ELEMENTS", elements)
-            monkeypatch.setattr(run, "CHUNK_ELEMENTS", 2 * elements)
-            monkeypatch.setattr(run, "TALL_ROWS", tall)
-            monkeypatch.setattr(run, "COPY_BYTES", copied)
+            monkeypatch.setattr(steps, "TILE_ELEMENTS", elements)
+            monkeypatch.setattr(steps, "CHUNK_ELEMENTS", 2 * elements)
+            monkeypatch.setattr(steps, "TALL_ROWS", tall)
+            monkeypatch.setattr(steps, "COPY_BYTES", copied)
             out = tmp_path / f"{target}-{number}"
             plan, _ = to(folder, target, out, workers)
             stored.append(load(out))

@@ -62,13 +62,13 @@ def test_killed_at_any_step(
 
 SLOW = r"""
 import sys, time
-from requant.convert import run
-convert = run._convert
+from requant.convert import steps
+convert = steps._convert
 def slowly(*args):
     sys.stderr.write("busy\n")
     time.sleep(0.03)
     return convert(*args)
-run._convert, run.TILE_ELEMENTS, run.CHUNK_ELEMENTS = slowly, 1 << 14, 1 << 14
+steps._convert, steps.TILE_ELEMENTS, steps.CHUNK_ELEMENTS = slowly, 1 << 14, 1 << 14
 from requant.cli import main
 main()
 """

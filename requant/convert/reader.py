@@ -1,0 +1,124 @@
+"""Bytes and patches of stored tensors, read from the files of a checkpoint.
+
+Large reads can go past the page cache, which they would only wash out: what is converted is read
+once, and fresh cache pages cost more than the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from requant.convert.fused import StoredPart
+from requant.convert.header import DATA_ALIGNMENT, read_exactly
+from requant.errors import CheckpointError, FormatError
+from requant.quant.codec import TORCH_DTYPES
+
+#: Reads of at least this size go past the page cache when asked to.
+DIRECT_BYTES = 1 << 20
+
+
+class Files:
+    """The files of a folder: opened when first read, closed with this."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._direct = False
+        self._open: dict[tuple[str, bool], int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, part: StoredPart, shape: tuple[int, ...], row: int, column: int) -> torch.Tensor:
+        """A patch of the given shape, in its own dtype: whole rows from `row` on, or, of a matrix,
+        columns from `column` on."""
+        dtype = TORCH_DTYPES.get(part.spec.dtype)
+        if dtype is None:
+            raise FormatError(f"{part.name}: torch has no dtype for {part.spec.dtype}")
+        stored = part.spec.shape
+        if part.spec.dtype == "F4" and stored:  # two codes a byte, one element of TORCH_DTYPES
+            stored, shape = (*stored[:-1], stored[-1] // 2), (*shape[:-1], shape[-1] // 2)
+        location, itemsize = part.location, dtype.itemsize
+        line = math.prod(shape[1:]) * itemsize  # bytes of a row of the patch
+        step, element = part.strides or (math.prod(stored[1:]) * itemsize, None)
+        rows = shape[0] if shape else 1
+        if element is not None:  # a transposed view: read its columns, each with gaps or without
+            begin = location.begin + row * step + column * element
+            span = (rows - 1) * step + itemsize if rows else 0
+            gaps = [self._span(location.file, begin + c * element, span) for c in range(shape[1])]
+            lines = torch.stack(gaps) if gaps else torch.empty(0, 0, dtype=torch.uint8)
+            picked = lines.as_strided((len(gaps), rows, itemsize), (span, step, 1))
+            return picked.contiguous().view(dtype).reshape(len(gaps), rows).t().contiguous()
+        begin = location.begin + row * step + column * itemsize
+        if line == step or rows == 1 or not rows:
+            return self._span(location.file, begin, rows * line).view(dtype).reshape(shape)
+        if column == 0 and line * 4 >= step:  # rows with small gaps: read over them
+            raw = self._span(location.file, begin, (rows - 1) * step + line)
+            picked = raw.as_strided((rows, line), (step, 1)).contiguous()
+        else:
+            picked = torch.stack(
+                [self._span(location.file, begin + r * step, line) for r in range(rows)]
+            )
+        return picked.view(dtype).reshape(shape)
+
+    def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes begin:end of a file as uint8."""
+        if end - begin >= DIRECT_BYTES and self._direct:
+            return self._read_direct(file, begin, end)
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        if end > begin:
+            target = memoryview(raw.numpy().data)
+            read_exactly(self._descriptor(file), begin, end, target, self._path / file)
+        return raw
+
+    def _read_direct(self, file: str, begin: int, end: int) -> torch.Tensor:
+        """Read past the page cache: whole aligned pages into an aligned buffer."""
+        first = begin // DATA_ALIGNMENT * DATA_ALIGNMENT
+        size = -(-(end - first) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        raw = torch.empty(size + DATA_ALIGNMENT, dtype=torch.uint8)
+        raw = raw[-raw.data_ptr() % DATA_ALIGNMENT :][:size]
+        target = memoryview(raw.numpy().data)
+        try:
+            read_exactly(self._descriptor(file, True), first, end, target, self._path / file)
+        except CheckpointError:  # a file system may give up half-way; what is really wrong recurs
+            target = memoryview(raw[: end - first].numpy().data)
+            read_exactly(self._descriptor(file), first, end, target, self._path / file)
+        return raw[begin - first : end - first]
+
+    def _span(self, file: str, begin: int, count: int) -> torch.Tensor:
+        return self.read_bytes(file, begin, begin + count)
+
+    @contextlib.contextmanager
+    def past_the_cache(self) -> Iterator[None]:
+        """While inside, large reads leave the page cache alone, where the file system lets them."""
+        self._direct = True
+        try:
+            yield
+        finally:
+            self._direct = False
+
+    def _descriptor(self, file: str, direct: bool = False) -> int:
+        """The descriptor of a file; for direct reads one of its own, where they are possible."""
+        with self._lock:
+            if (file, direct) not in self._open:
+                self._open[file, direct] = self._opened(self._path / file, direct)
+            return self._open[file, direct]
+
+    def _opened(self, path: Path, direct: bool) -> int:
+        flag = getattr(os, "O_DIRECT", 0) if direct else 0
+        try:
+            return os.open(path, os.O_RDONLY | flag)
+        except OSError as error:
+            if error.errno == errno.EINVAL and flag:
+                return self._opened(path, False)
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

@@ -1,0 +1,208 @@
+"""The work of a conversion in pieces: read, decode, encode a few tiles of one weight at a time.
+
+Memory is a few tiles per worker whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from requant.convert.plan import PlannedFile, PlannedWeight
+from requant.convert.source import Checkpoint, StoredWeight, iter_tiles
+from requant.errors import FormatError
+from requant.quant import Codec
+
+#: Elements that are decoded and encoded at a time, about 10 bytes each at the peak of encoding,
+#: and how many are one step of work.
+TILE_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 22
+#: Bytes a worker copies at a time.
+COPY_BYTES = 1 << 23
+
+#: Rows of a tile, at least, where they lie along the columns of a stored part.
+TALL_ROWS = 1024
+#: Tiles that are measured at a time.
+IN_FLIGHT = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step gave of one weight: consecutive tiles of its parts. `last`: there is no more.
+
+    `read_bytes` of the source it took.
+    """
+
+    weight: PlannedWeight
+    tiles: Sequence[Mapping[str, torch.Tensor]]
+    last: bool
+    read_bytes: int
+
+
+class Summaries:
+    """The first pass of two-pass formats: what `encode` must know of the whole weight.
+
+    Weights that engines fuse share one; it is computed once, wherever their files lie.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device, pool: ThreadPoolExecutor) -> None:
+        self._source, self._device, self._pool = source, device, pool
+        self._known: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def of(self, weight: PlannedWeight) -> torch.Tensor | None:
+        """The summary for `weight`; None when its format needs none."""
+        if not weight.companions:
+            return None
+        key = tuple(companion.name for companion in weight.companions)
+        if key not in self._known:
+            assert weight.codec is not None
+            self._known[key] = self._compute(weight.codec, weight.companions)
+        return self._known[key]
+
+    def _compute(self, codec: Codec, companions: Sequence[StoredWeight]) -> torch.Tensor:
+        def measure(stored: StoredWeight, start: int, stop: int) -> list[torch.Tensor]:
+            def of_tile(a: int, b: int) -> torch.Tensor:
+                tile = self._source.decode_rows(stored, a, b, self._device)
+                return _of_rows(stored, a, b, lambda: codec.measure(tile))
+
+            return [of_tile(*rows) for rows in _ranges(stored, codec, TILE_ELEMENTS, start, stop)]
+
+        # A window of steps at a time: what waits holds no memory, what is done only its measures.
+        measured: list[torch.Tensor] = []
+        pending: deque[Future[list[torch.Tensor]]] = deque()
+        for stored in companions:
+            for start, stop in _ranges(stored, codec, CHUNK_ELEMENTS):
+                pending.append(self._pool.submit(measure, stored, start, stop))
+                if len(pending) >= IN_FLIGHT:
+                    measured += pending.popleft().result()
+        for future in pending:
+            measured += future.result()
+        return codec.summarize(measured)
+
+
+class Steps:
+    """The work on a file, in the order of its bytes: functions that any thread may run."""
+
+    def __init__(self, source: Checkpoint, device: torch.device, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self._source, self._device = source, device
+        self._summaries = Summaries(source, device, pool)
+
+    def of(self, planned: PlannedFile) -> Iterator[Callable[[], Piece]]:
+        """One step a few tiles."""
+        for weight in planned.weights:
+            if weight.codec is None:
+                yield from self._copies(weight)
+                continue
+            if weight.repack:
+                convert = partial(_repack, self._source, weight)
+            else:
+                summary = self._summaries.of(weight)
+                convert = partial(_encode, self._source, weight, self._device, summary)
+            rows, _ = weight.source.shape
+            for start, stop in _ranges(weight.source, weight.codec, CHUNK_ELEMENTS):
+                last = stop == rows
+                yield partial(_convert, convert, weight, start, stop, last)
+
+    def _copies(self, weight: PlannedWeight) -> Iterator[Callable[[], Piece]]:
+        """The stored bytes in pieces; of a view that lies scattered, in whole rows."""
+        stored = {**weight.source.parts, **weight.source.activations}
+        for part, tensor in stored.items():
+            final = part == next(reversed(stored))
+            whole = tensor.strides is None
+            total = tensor.spec.nbytes if whole else tensor.spec.shape[0]
+            step = COPY_BYTES if whole else max(1, COPY_BYTES * total // (tensor.spec.nbytes or 1))
+            for start in range(0, max(total, 1), step):
+                stop = min(start + step, total)
+                last = final and stop == total
+                yield partial(_copy, self._source, weight, part, start, stop, last)
+
+
+def _ranges(
+    stored: StoredWeight, codec: Codec, elements: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Runs of rows start:stop of about `elements` elements that both formats can take. Where rows
+    lie along the columns of a stored part, tiles are tall, so that each piece of it is long."""
+    rows, cols = stored.shape
+    alignment = math.lcm(codec.row_alignment(cols), stored.row_alignment)
+    assert stored.codec is not None
+    turned = any(p.strides is not None and p.strides[1] for p in stored.parts.values())
+    if turned or any(spec.axis == 1 for spec in stored.codec.specs(rows, cols).values()):
+        elements = max(elements, TALL_ROWS * cols)
+    for first, last in iter_tiles((stop or rows) - start, cols, alignment, elements):
+        yield start + first, start + last
+
+
+def _copy(
+    source: Checkpoint, weight: PlannedWeight, part: str, start: int, stop: int, last: bool
+) -> Piece:
+    """Bytes start:stop of a part, or its rows where it does not lie in one piece."""
+    stored = {**weight.source.parts, **weight.source.activations}[part]
+    if stored.strides is None:
+        begin = stored.location.begin
+        data = source.read_bytes(stored.location.file, begin + start, begin + stop)
+    else:
+        data = source.read_rows(stored, start, stop)
+    return Piece(weight, [{part: data}], last, data.nbytes)
+
+
+def _convert(
+    convert: Callable[[int, int], Mapping[str, torch.Tensor]],
+    weight: PlannedWeight,
+    start: int,
+    stop: int,
+    last: bool,
+) -> Piece:
+    """Convert rows start:stop, a tile at a time."""
+    stored = weight.source
+    tiles = []
+    assert weight.codec is not None
+    for a, b in _ranges(stored, weight.codec, TILE_ELEMENTS, start, stop):
+        parts = _of_rows(stored, a, b, partial(convert, a, b))
+        tiles.append({part: parts[part].cpu() for part in weight.specs})
+    return Piece(weight, tiles, last, (stop - start) * stored.nbytes // stored.shape[0])
+
+
+def _encode(
+    source: Checkpoint,
+    weight: PlannedWeight,
+    device: torch.device,
+    summary: torch.Tensor | None,
+    start: int,
+    stop: int,
+) -> Mapping[str, torch.Tensor]:
+    """Decode a tile and encode it in the format to be written."""
+    assert weight.codec is not None
+    rows, cols = weight.source.shape
+    tile = source.decode_rows(weight.source, start, stop, device)
+    return weight.codec.encode(tile, (rows, cols), summary)
+
+
+def _repack(
+    source: Checkpoint, weight: PlannedWeight, start: int, stop: int
+) -> Mapping[str, torch.Tensor]:
+    """Hand a tile's codes over to the format to be written."""
+    stored = weight.source
+    assert weight.codec is not None and stored.codec is not None
+    rows, cols = stored.shape
+    codes = stored.codec.unpack(source.read_tile(stored, start, stop), (stop - start, cols))
+    return weight.codec.pack(codes, (rows, cols))
+
+
+def _of_rows(stored: StoredWeight, start: int, stop: int, compute: Callable[[], T]) -> T:
+    """Compute; a refusal names the weight and its rows."""
+    try:
+        return compute()
+    except FormatError as error:
+        if str(error).startswith(stored.name):
+            raise
+        raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
