@@ -107,8 +107,8 @@ def _measure(source: Path, folder: Path, target: str, read_floor: dict[str, floa
     with tempfile.TemporaryDirectory(prefix="out-", dir=folder) as name:
         out = Path(name)
         drop_cache(_weight_files(source))
-        child = _requant("convert", str(source), str(out), "--to", target)
-        facts = _requant("inspect", str(out)).document
+        child = requant("convert", str(source), str(out), "--to", target)
+        facts = requant("inspect", str(out)).document
         sizes = [file.stat().st_size for file in _weight_files(out)]
     if target not in facts["formats"] or facts["files"] != len(sizes):
         raise SystemExit(f"{target}: the output reads back as {facts['formats']}")
@@ -135,7 +135,7 @@ def _measure(source: Path, folder: Path, target: str, read_floor: dict[str, floa
     )
 
 
-def _requant(*arguments: str) -> Child:
+def requant(*arguments: str) -> Child:
     """Run requant with --json. The kernel counts this process's memory at the fork into the child's
     peak, so torch is not imported here."""
     command = [sys.executable, "-m", "requant", *arguments, "--json"]

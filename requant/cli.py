@@ -7,7 +7,7 @@ torch is imported inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import functools
-import os
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from requant import __version__
-from requant.errors import RequantError
-from requant.output import Output, error
+from requant.errors import RequantError, ToldError
+from requant.output import Output, error, parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,11 @@ Device = Annotated[
     typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu."),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Tiles computed at a time; default: the CPU's cores.")
+    int | None,
+    typer.Option(min=1, max=256, help="Tiles computed at a time; default: the cores, at most 16."),
+]
+Ram = Annotated[
+    str | None, typer.Option(help="Memory to use at most, e.g. 600MB; default: as it comes.")
 ]
 To = Annotated[
     str | None, typer.Option("--to", help="A format's default recipe, e.g. int4[group_size=32].")
@@ -70,6 +74,8 @@ def command(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             try:
                 function(*args, **kwargs)
+            except ToldError as told:
+                raise typer.Exit(2) from told
             except RequantError as refused:
                 error(str(refused))
                 raise typer.Exit(2) from refused
@@ -159,6 +165,7 @@ def convert_command(
     max_kl: MaxKl = None,
     device: Device = None,
     workers: Workers = None,
+    ram: Ram = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove an earlier conversion in OUT, start over.")
     ] = False,
@@ -166,16 +173,23 @@ def convert_command(
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint into another format. Repeating the command continues it."""
+    from requant.convert.budget import runtime
+    from requant.convert.processes import team
     from requant.convert.report import plan_table
-    from requant.convert.run import Runtime, convert
+    from requant.convert.run import convert
 
     if max_kl is not None and not verify:
         raise RequantError("--max-kl has no effect without --verify")
-    output = Output(json, quiet)
-    runtime = Runtime(_device(device), workers or os.cpu_count() or 1)
-    plan = _plan(source, to, recipe, require_lossless)
-    with output.progress(plan.read_bytes, "convert") as progress:
-        result = convert(plan, out, runtime, progress, overwrite)
+    nbytes = None if ram is None else parse_size("--ram", ram)
+    with team() as processes:
+        # One process speaks; the others only say why they cannot go on.
+        output = Output(json and processes.leads, quiet or not processes.leads)
+        plan = _plan(source, to, recipe, require_lossless)
+        how = runtime(plan, _device(device), workers, nbytes, processes)
+        with output.progress(plan.read_bytes, "convert") as progress:
+            result = convert(plan, out, how, progress, overwrite)
+    if not processes.leads:
+        return
     if not verify:
         output.result(result, lambda: plan_table(result))
         return
@@ -289,6 +303,9 @@ def root(
 
 def main() -> None:
     """Entry point of the `requant` command."""
+    # Opening a large checkpoint makes a million objects that stay: looking through them for garbage
+    # every 700 new ones takes a third of the time.
+    gc.set_threshold(100_000, 50, 50)
     app()
 
 
@@ -316,8 +333,14 @@ def _device(name: str | None) -> torch.device:
     """The device to compute on. Raises RequantError when it is not there."""
     import torch
 
+    from requant.convert.processes import local_rank
+
+    if (
+        name is None and torch.cuda.is_available()
+    ):  # one GPU a process, where a launcher counts them
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as unknown:

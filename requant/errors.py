@@ -2,7 +2,8 @@
 
 RequantError            anything requant refuses to do; the command line exits with 2
 ├── CheckpointError     a folder, file, tensor or config that cannot be used as it is
-└── FormatError         a weight that a format cannot hold, or a format that does not exist
+├── FormatError         a weight that a format cannot hold, or a format that does not exist
+└── ToldError           the error of another process of the same run, which prints it
 
 A message reads *where: what is wrong, with both numbers; what to do*.
 """
@@ -25,3 +26,7 @@ class CheckpointError(RequantError):
 
 class FormatError(RequantError):
     """Raised when a format does not exist or cannot hold the weight it is asked to hold."""
+
+
+class ToldError(RequantError):
+    """Raised in the processes of a run whose first process could not go on."""

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,3 +113,14 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes from what people write: 700MB, 1.5 GB, 2GiB, or a plain number."""
+    pattern = r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt]?)(i?)b)?\s*"
+    match = re.fullmatch(pattern, text, re.ASCII | re.I)
+    if match is None:
+        raise RequantError(f"{option} {text}: expected a size such as 700MB or 2GiB")
+    number, letter, binary = match.groups()
+    power = " kmgt".index((letter or " ").lower())
+    return int(float(number) * (1024 if binary else 1000) ** power)

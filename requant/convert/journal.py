@@ -1,12 +1,14 @@
 """What is finished in an output folder, so that the same command continues after a crash.
 
 One JSON line per event in OUT/.requant-journal.jsonl: first the plan's key, then each finished file
-with its size and SHA-256. It is removed when the conversion is complete; from then on
-OUT/requant.json, which holds the same key, says what the folder is.
+with its size and hashes. Other processes of the same run keep one each, .requant-journal-1.jsonl
+and so on, which the next run takes over. They are removed when the conversion is complete; from
+then on OUT/requant.json, which holds the same key, says what the folder is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -14,32 +16,44 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from requant.errors import CheckpointError
 
 JOURNAL_NAME = ".requant-journal.jsonl"
+PART_NAME = ".requant-journal-{}.jsonl"
 MANIFEST_NAME = "requant.json"
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a complete file has: its size in bytes, and the SHA-256 of them in hex."""
+class Digest:
+    """What identifies the content of a file: its size in bytes, and SHA-256 in hex."""
 
     nbytes: int
     sha256: str
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A complete file, and the source's file of the same name as it was read."""
+
+    written: Digest
+    read: Digest
+
+
 class Journal:
     """The open journal of one conversion; holds a lock on OUT until closed."""
 
-    def __init__(self, out: Path, key: str) -> None:
-        """Claim `out`. Raises CheckpointError when it holds anything but this conversion."""
-        self.path = out / JOURNAL_NAME
-        resuming = self.path.exists()
-        if not resuming and any(out.iterdir()):
+    def __init__(self, out: Path, key: str, process: int = 0) -> None:
+        """Claim `out`; for another process than the first, its journal only. Raises CheckpointError
+        when `out` holds anything but this conversion."""
+        self.out, self.key = out, key
+        self.path = out / (PART_NAME.format(process) if process else JOURNAL_NAME)
+        # Other processes may have outlived the first one, and left their journals alone.
+        others = {path.name for path in out.iterdir()} - {path.name for path in _parts(out)}
+        if others and not process and not self.path.exists():
             raise CheckpointError(
-                f"{out}: already holds something else ({min(p.name for p in out.iterdir())}, ...); "
+                f"{out}: already holds something else ({min(others)}, ...); "
                 + (
                     "start over with --overwrite, or choose an empty folder"
                     if (out / MANIFEST_NAME).is_file()
@@ -49,15 +63,30 @@ class Journal:
         # Unbuffered: a line that a full disk refused must not be tried again on close.
         self._file = self.path.open("a+b", buffering=0)
         try:
-            self.finished = self._claim(out, key)
+            self.finished = self._claim()
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def finish(self, file: str, facts: Finished) -> None:
         """Record that a file is complete under its final name."""
         self._append({"file": file, **asdict(facts)})
         self.finished[file] = facts
+
+    def absorb(self) -> None:
+        """Take over what other processes have finished, in this run or an earlier one. Raises
+        CheckpointError when one of them is still at work."""
+        for path in _parts(self.out):
+            with Journal(self.out, self.key, int(path.stem.rpartition("-")[2])) as part:
+                for file, facts in part.finished.items():
+                    self.finish(file, facts)
+                path.unlink()
 
     def remove(self) -> None:
         """The conversion is complete."""
@@ -68,32 +97,27 @@ class Journal:
         """Release the folder."""
         self._file.close()
 
-    def _claim(self, out: Path, key: str) -> dict[str, Finished]:
+    def _claim(self) -> dict[str, Finished]:
         """Lock the folder; what is finished in it."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{out}: another requant is writing to it; wait for it"
-            ) from error
+        _lock(self._file, self.out)
         if os.fstat(self._file.fileno()).st_nlink == 0:
-            raise CheckpointError(f"{out}: another requant has just finished it")
+            raise CheckpointError(f"{self.out}: another requant has just finished it")
         try:
             events = self._read()
             finished = {
-                str(event["file"]): Finished(int(event["nbytes"]), str(event["sha256"]))
+                str(event["file"]): Finished(Digest(**event["written"]), Digest(**event["read"]))
                 for event in events[1:]
             }
-            found = events[0]["key"] if events else key
+            found = events[0]["key"] if events else self.key
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: damaged ({error}); remove {out}") from error
-        if found != key:
+            raise CheckpointError(f"{self.path}: damaged ({error}); remove {self.out}") from error
+        if found != self.key:
             raise CheckpointError(
-                f"{out}: holds an unfinished conversion of another source, recipe or version; "
+                f"{self.out}: holds an unfinished conversion of another source, recipe or version; "
                 "repeat that command to finish it, or start over with --overwrite"
             )
         if not events:
-            self._append({"key": key})
+            self._append({"key": self.key})
         return finished
 
     def _read(self) -> list[dict[str, Any]]:
@@ -120,18 +144,15 @@ def clear(out: Path) -> None:
     """
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / JOURNAL_NAME).exists() and read_manifest(out) is None:
+    known = (out / JOURNAL_NAME).exists() or _parts(out) or read_manifest(out) is not None
+    if not known:
         raise CheckpointError(
             f"{out}: holds no conversion of requant's ({min(p.name for p in out.iterdir())}, ...), "
             "and --overwrite removes nothing else; remove it yourself"
         )
-    with (out / JOURNAL_NAME).open("a+b") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{out}: another requant is writing to it; wait for it"
-            ) from error
+    with contextlib.ExitStack() as locks:
+        for path in [out / JOURNAL_NAME, *_parts(out)]:
+            _lock(locks.enter_context(path.open("a+b")), out)
         (out / "config.json").unlink(missing_ok=True)
         for path in sorted(out.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
             if path.is_dir() and not path.is_symlink():
@@ -139,6 +160,18 @@ def clear(out: Path) -> None:
             elif path.name != JOURNAL_NAME:
                 path.unlink()
         (out / JOURNAL_NAME).unlink()
+
+
+def _parts(out: Path) -> list[Path]:
+    """The journals of other processes than the first."""
+    return sorted(out.glob(PART_NAME.format("[0-9]*")))
+
+
+def _lock(journal: IO[bytes], out: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(f"{out}: another requant is writing to it; wait for it") from error
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:

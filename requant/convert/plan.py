@@ -109,9 +109,8 @@ class Plan:
     def key(self) -> str:
         """Identifies source, recipe and version: an output is resumed only under the same key."""
         digest = hashlib.sha256(f"requant {requant.__version__}\n".encode())
-        for name in self.source.files:
-            stat = (self.source.path / name).stat()
-            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for name, facts in self.source.facts.items():
+            digest.update(f"{name} {facts.nbytes} {facts.mtime_ns}\n".encode())
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
             digest.update(file.name.encode() + file.header)

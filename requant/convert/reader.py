@@ -1,7 +1,7 @@
 """Bytes and patches of stored tensors, read from the files of a checkpoint.
 
-Large reads can go past the page cache, which they would only wash out: what is converted is read
-once, and fresh cache pages cost more than the disk.
+A file that is converted is read ahead, past the page cache, which it would only wash out: it is
+read once, and fresh cache pages cost more than the disk.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import math
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from requant.convert.fused import StoredPart
 from requant.convert.header import DATA_ALIGNMENT, read_exactly
+from requant.convert.readahead import WINDOW_BYTES, Buffers, ReadAhead
 from requant.errors import CheckpointError, FormatError
 from requant.quant.codec import TORCH_DTYPES
 
-#: Reads of at least this size go past the page cache when asked to.
+#: While a file is read ahead, other reads of at least this size go past the page cache, too.
 DIRECT_BYTES = 1 << 20
 
 
@@ -30,7 +32,8 @@ class Files:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._direct = False
+        self._ahead: dict[str, ReadAhead] = {}
+        self._buffers = Buffers(WINDOW_BYTES)
         self._open: dict[tuple[str, bool], int] = {}
         self._lock = threading.Lock()
 
@@ -68,20 +71,27 @@ class Files:
 
     def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a file as uint8."""
-        if end - begin >= DIRECT_BYTES and self._direct:
-            return self._read_direct(file, begin, end)
+        large = end - begin >= DIRECT_BYTES
+        if self._ahead:
+            ahead = self._ahead.get(file)
+            held = ahead.take(begin, end, wait=large) if ahead is not None else None
+            if held is None and large:
+                held = self._read_direct(file, begin, end)
+            if held is not None:  # torch views 8 bytes as a number only where they are aligned
+                return held if begin % 8 == 0 else held.clone()
         raw = torch.empty(end - begin, dtype=torch.uint8)
         if end > begin:
             target = memoryview(raw.numpy().data)
             read_exactly(self._descriptor(file), begin, end, target, self._path / file)
         return raw
 
-    def _read_direct(self, file: str, begin: int, end: int) -> torch.Tensor:
+    def _read_direct(
+        self, file: str, begin: int, end: int, buffers: Buffers | None = None
+    ) -> torch.Tensor:
         """Read past the page cache: whole aligned pages into an aligned buffer."""
         first = begin // DATA_ALIGNMENT * DATA_ALIGNMENT
         size = -(-(end - first) // DATA_ALIGNMENT) * DATA_ALIGNMENT
-        raw = torch.empty(size + DATA_ALIGNMENT, dtype=torch.uint8)
-        raw = raw[-raw.data_ptr() % DATA_ALIGNMENT :][:size]
+        raw = (buffers or Buffers(size)).take()[:size]
         target = memoryview(raw.numpy().data)
         try:
             read_exactly(self._descriptor(file, True), first, end, target, self._path / file)
@@ -94,13 +104,17 @@ class Files:
         return self.read_bytes(file, begin, begin + count)
 
     @contextlib.contextmanager
-    def past_the_cache(self) -> Iterator[None]:
-        """While inside, large reads leave the page cache alone, where the file system lets them."""
-        self._direct = True
+    def reading(self, file: str, nbytes: int, windows: int) -> Iterator[ReadAhead]:
+        """While inside, a file of this size is read ahead, and large reads of any leave the page
+        cache alone, where the file system lets them."""
+        read = partial(self._read_direct, file, buffers=self._buffers)
+        ahead = ReadAhead(nbytes, read, windows)
+        self._ahead[file] = ahead
         try:
-            yield
+            yield ahead
         finally:
-            self._direct = False
+            del self._ahead[file]
+            ahead.close()
 
     def _descriptor(self, file: str, direct: bool = False) -> int:
         """The descriptor of a file; for direct reads one of its own, where they are possible."""

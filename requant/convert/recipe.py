@@ -13,6 +13,8 @@ not a linear layer of an MTP layer (its eh_proj, norms, router and embeddings).
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +49,15 @@ class Recipe:
         exceptions = () if self.preset else self.modules.values()
         names = [format_name(c) for c in (*self.roles.values(), *exceptions) if c]
         return "+".join(dict.fromkeys(names)) or "keep"
+
+    @property
+    def sha256(self) -> str:
+        """Identifies what it says, whatever it is called."""
+        tables = {
+            key: {left: format_name(codec) if codec else "keep" for left, codec in table.items()}
+            for key, table in (("roles", self.roles), ("modules", self.modules))
+        }
+        return hashlib.sha256(json.dumps(tables).encode()).hexdigest()
 
     def target(self, weight: StoredWeight) -> Codec | None:
         """The codec this weight is to be written in; None to keep it as it is stored."""

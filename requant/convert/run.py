@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,21 @@ from requant.convert.journal import (
     read_manifest,
 )
 from requant.convert.plan import Plan, PlannedFile
-from requant.convert.source import INDEX_NAME, Checkpoint
+from requant.convert.processes import Team
+from requant.convert.readahead import WINDOWS
+from requant.convert.source import CONFIG_NAME, INDEX_NAME, Checkpoint, origin
 from requant.convert.steps import Piece, Steps
 from requant.convert.writer import (
     PARTIAL_SUFFIX,
     OutputFile,
     copy_side_files,
+    json_bytes,
     side_files,
     write_json,
     writing,
 )
 from requant.errors import CheckpointError, RequantError
+from requant.memory import peak_bytes
 from requant.quant import TensorSpec
 
 Progress = Callable[[int], None]
@@ -50,10 +53,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how widely tiles are computed."""
+    """Where and how widely tiles are computed, and by which processes. `windows` of the source are
+    held in memory (readahead.py)."""
 
     device: torch.device
     workers: int
+    windows: int = WINDOWS
+    team: Team = field(default_factory=Team)
 
 
 def convert(
@@ -67,36 +73,53 @@ def convert(
 
     `progress` is told of source bytes as they are done. Raises CheckpointError or FormatError; what
     was finished by then is kept and continued by the same call. A finished `out` is left as it is.
-    `overwrite` removes an earlier conversion, finished or not, and starts over.
+    `overwrite` removes an earlier conversion, finished or not, and starts over. With a team of
+    processes, each calls this, and returns when all is done.
     """
     started = time.monotonic()
-    if overwrite:
-        _require_apart(plan, out)
-        with writing(out):
-            clear(out)
-    manifest = read_manifest(out)
-    if manifest is not None and manifest.get("key") == plan.key:
-        _check_finished(plan, out)
-        resumed = len(plan.files)
-    else:
-        created = not os.path.lexists(out)
-        journal = _claim(plan, out)
-        try:
+    team = runtime.team
+    if team.first(lambda: plan.key) != plan.key:
+        raise CheckpointError(
+            f"process {team.rank} of this run plans something else than process 0: source, recipe "
+            "or version differ; give all processes the same"
+        )
+    with contextlib.ExitStack() as leaving:
+        journal: Journal | None = None
+        created = team.leads and not os.path.lexists(out)
+
+        def begin() -> list[str] | None:
+            nonlocal journal
+            if overwrite:
+                _require_apart(plan, out)
+                with writing(out):
+                    clear(out)
+            if (read_manifest(out) or {}).get("key") == plan.key:
+                _check_finished(plan, out)
+                return None
+            journal = leaving.enter_context(_leaving(_claim(plan, out), created))
             _require_room(plan, out, journal)
-            resumed = len(journal.finished)
-            _write_files(plan, out, journal, runtime, progress)
-            _complete(plan, out, journal)
-        except BaseException:
-            _leave(out, journal, created)
-            raise
-        finally:
-            journal.close()
+            return list(journal.finished)
+
+        finished = team.first(begin)
+        if finished is not None:
+            if not team.leads:
+                with writing(out):
+                    journal = leaving.enter_context(Journal(out, plan.key, team.rank))
+            assert journal is not None
+            _write_files(plan, journal, set(finished), runtime, progress)
+            if not team.leads:
+                journal.close()
+            team.meet(progress)
+            if team.leads:
+                with writing(journal.path):
+                    journal.absorb()
+                _complete(plan, out, journal)
     return {
         **plan.summary(),
         "output": str(out),
         "seconds": round(time.monotonic() - started, 3),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "resumed_files": resumed,
+        "peak_rss_bytes": peak_bytes(),
+        "resumed_files": len(plan.files) if finished is None else len(finished),
     }
 
 
@@ -110,9 +133,14 @@ def _claim(plan: Plan, out: Path) -> Journal:
         out.mkdir(parents=True, exist_ok=True)
     with writing(out / MANIFEST_NAME):
         journal = Journal(out, plan.key)
+        try:
+            journal.absorb()
+        except BaseException:
+            journal.close()
+            raise
     sizes = {file.name: file.nbytes for file in plan.files}
     for name, facts in list(journal.finished.items()):
-        path, nbytes = out / name, facts.nbytes
+        path, nbytes = out / name, facts.written.nbytes
         if sizes.get(name) != nbytes or not path.is_file() or path.stat().st_size != nbytes:
             del journal.finished[name]
     return journal
@@ -133,7 +161,9 @@ def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
     for file in plan.files:  # what a killed run left half-written is room
         with writing(out):
             (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-    needed = plan.written_bytes - sum(facts.nbytes for facts in journal.finished.values())
+    needed = plan.written_bytes + len(json_bytes(plan.config)) + len(json_bytes(plan.index or {}))
+    needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
+    needed -= sum(facts.written.nbytes for facts in journal.finished.values())
     free = shutil.disk_usage(out).free
     if needed > free:
         raise CheckpointError(
@@ -142,39 +172,71 @@ def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
         )
 
 
-def _leave(out: Path, journal: Journal, created: bool) -> None:
-    """After a failure: keep what can be resumed, remove what is nothing yet."""
-    with contextlib.suppress(OSError):  # never instead of the error that led here
-        if os.listdir(out) == [JOURNAL_NAME]:
-            journal.remove()
-            if created:
-                out.rmdir()
+@contextlib.contextmanager
+def _leaving(journal: Journal, created: bool) -> Iterator[Journal]:
+    """Close the journal in the end; after a failure, keep what can be resumed, and remove what is
+    nothing yet."""
+    try:
+        yield journal
+    except BaseException:
+        with contextlib.suppress(OSError):  # never instead of the error that led here
+            if os.listdir(journal.out) == [JOURNAL_NAME]:
+                journal.remove()
+                if created:
+                    journal.out.rmdir()
+        raise
+    finally:
+        journal.close()
 
 
 def _write_files(
-    plan: Plan, out: Path, journal: Journal, runtime: Runtime, progress: Progress
+    plan: Plan, journal: Journal, finished: Collection[str], runtime: Runtime, progress: Progress
 ) -> None:
-    """Write every file that is not finished, one after the other, with all workers on each."""
+    """Write the files that are not finished, one after the other, with all workers on each; other
+    processes of the team take others."""
+    team = runtime.team
+    if team.leads:
+        for planned in plan.files:
+            if planned.name in finished:
+                progress(sum(weight.source.nbytes for weight in planned.weights))
+    todo = [planned for planned in plan.files if planned.name not in finished]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a sum over several threads depends on their number
     try:
-        with ThreadPoolExecutor(runtime.workers) as pool, plan.source.past_the_cache():
+        with ThreadPoolExecutor(runtime.workers) as pool:
             steps = Steps(plan.source, runtime.device, pool)
-            for planned in plan.files:
-                if planned.name in journal.finished:
-                    progress(sum(weight.source.nbytes for weight in planned.weights))
-                    continue
-                file = OutputFile(out / planned.name, planned.nbytes)
-                try:
-                    _fill(Builder(planned, file), steps, runtime.workers + 1, progress)
-                    digest = file.commit()
-                except BaseException:
-                    file.abandon()
-                    raise
+            for number in team.share(len(todo)):
+                planned = todo[number]
+                facts = _write_file(plan.source, planned, journal.out, steps, runtime, progress)
                 with writing(journal.path):
-                    journal.finish(planned.name, Finished(planned.nbytes, digest))
+                    journal.finish(planned.name, facts)
     finally:
         torch.set_num_threads(threads)
+
+
+def _write_file(
+    source: Checkpoint,
+    planned: PlannedFile,
+    out: Path,
+    steps: Steps,
+    runtime: Runtime,
+    progress: Progress,
+) -> Finished:
+    """Write one file from the source's file of the same name."""
+
+    def done(nbytes: int) -> None:
+        progress(runtime.team.done(nbytes))
+
+    with source.reading(planned.name, runtime.windows) as ahead:
+        file = OutputFile(out / planned.name, planned.nbytes)
+        try:
+            _fill(Builder(planned, file), steps, runtime.workers + 1, done)
+            read = ahead.finish()
+            source.require_unchanged(planned.name)
+            return Finished(file.commit(), read)
+        except BaseException:
+            file.abandon()
+            raise
 
 
 def _fill(builder: Builder, steps: Steps, ahead: int, progress: Progress) -> None:
@@ -245,22 +307,30 @@ class Builder:
 
 def _complete(plan: Plan, out: Path, journal: Journal) -> None:
     """Side files, index, check, config, manifest: the folder becomes loadable only here."""
-    copy_side_files(plan.source.path, out)
+    written = {name: facts.written for name, facts in journal.finished.items()}
+    read = {name: facts.read for name, facts in journal.finished.items()}
+    for name in sorted(set(plan.source.files) - set(read)):  # what holds nothing but scales
+        with plan.source.reading(name, WINDOWS) as ahead:
+            read[name] = ahead.finish()
+        plan.source.require_unchanged(name)
+    written |= copy_side_files(plan.source.path, out)
     if plan.index is not None:
-        write_json(out / INDEX_NAME, plan.index)
-    write_json(out / "config.json", plan.config)
+        written[INDEX_NAME] = write_json(out / INDEX_NAME, plan.index)
+    written[CONFIG_NAME] = write_json(out / CONFIG_NAME, plan.config)
     try:
         check_output(plan, out)
     except BaseException:
-        (out / "config.json").unlink(missing_ok=True)
+        (out / CONFIG_NAME).unlink(missing_ok=True)
         raise
-    written = {name: asdict(facts) for name, facts in sorted(journal.finished.items())}
     manifest = {
         "requant": requant.__version__,
         "torch": torch.__version__,
         "key": plan.key,
         **plan.summary(),
-        "written": written,
+        **origin(plan.source.path),
+        "recipe_sha256": plan.recipe.sha256,
+        "source_files": {name: asdict(read[name]) for name in sorted(read)},
+        "written": {name: asdict(written[name]) for name in sorted(written)},
     }
     write_json(out / MANIFEST_NAME, manifest)
     journal.remove()
@@ -284,7 +354,7 @@ def check_output(plan: Plan, out: Path) -> None:
     """Reopen what was written, with our reader and the reference one, and compare with the plan."""
     written = Checkpoint.open(out)
     if json.dumps(written.config, sort_keys=True) != json.dumps(plan.config, sort_keys=True):
-        raise CheckpointError(f"{out / 'config.json'}: differs from what was planned")
+        raise CheckpointError(f"{out / CONFIG_NAME}: differs from what was planned")
     for planned in plan.weights:
         found = written.weights.get(planned.source.name)
         if found is None or found.codec != planned.written_codec:

@@ -7,6 +7,7 @@ name over the whole checkpoint.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ import torch
 from requant.convert.fused import StoredPart, split_experts
 from requant.convert.header import read_header
 from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
+from requant.convert.readahead import ReadAhead
 from requant.convert.reader import Files
 from requant.errors import CheckpointError, FormatError
 from requant.quant import (
@@ -34,6 +36,7 @@ from requant.quant import (
 from requant.quant.codec import DTYPE_BITS
 from requant.quant.compressed_tensors import narrow
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MODELOPT_NAME = "hf_quant_config.json"
@@ -110,12 +113,24 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """What tells whether a file is still the same: its size in bytes and when it was written."""
+
+    nbytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A folder with `config.json`, `*.safetensors` and, for several files, an index."""
+    """A folder with `config.json`, `*.safetensors` and, for several files, an index.
+
+    `facts`: what each of `files` was when it was opened.
+    """
 
     path: Path
     config: dict[str, Any]
     files: tuple[str, ...]
+    facts: Mapping[str, FileFacts]
     weights: Mapping[str, StoredWeight]
 
     @classmethod
@@ -124,11 +139,12 @@ class Checkpoint:
         try:
             if not path.is_dir():
                 raise CheckpointError(f"{path}: no such folder; give a checkpoint, or `demo`")
-            config = _read_json(path / "config.json", "not a checkpoint folder")
+            config = _read_json(path / CONFIG_NAME, "not a checkpoint folder")
             files, index = _weight_files(path)
         except OSError as error:  # a name too long, a folder without permission
             raise CheckpointError(f"{path}: cannot open it: {error}") from error
         tensors: dict[str, StoredPart] = {}
+        facts = {file: _facts(path / file) for file in files}
         for file in files:
             for name, (spec, location) in read_header(path / file).items():
                 if name in tensors:
@@ -146,7 +162,7 @@ class Checkpoint:
                 )
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
-        checkpoint = cls(path, config, files, {})
+        checkpoint = cls(path, config, files, facts, {})
         return replace(checkpoint, weights=checkpoint._pair_parts(split_experts(tensors, config)))
 
     @cached_property
@@ -190,10 +206,17 @@ class Checkpoint:
         """Bytes begin:end of a file as uint8."""
         return self._files.read_bytes(file, begin, end)
 
-    def past_the_cache(self) -> AbstractContextManager[None]:
-        """While inside, large reads leave the page cache alone, where the file system lets them:
-        right for what is read once."""
-        return self._files.past_the_cache()
+    def reading(self, file: str, windows: int) -> AbstractContextManager[ReadAhead]:
+        """While inside, a file is read ahead from front to back, `windows` of it held in memory."""
+        return self._files.reading(file, self.facts[file].nbytes, windows)
+
+    def require_unchanged(self, file: str) -> None:
+        """Raise CheckpointError when a file is not the one that was opened."""
+        if _facts(self.path / file) != self.facts[file]:
+            raise CheckpointError(
+                f"{self.path / file}: changed while being read; keep the source as it is, and "
+                "start over"
+            )
 
     def read_tile(self, weight: StoredWeight, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The stored parts of rows start:stop of a matrix."""
@@ -307,6 +330,29 @@ class Checkpoint:
     @cached_property
     def _files(self) -> Files:
         return Files(self.path)
+
+
+def origin(path: Path) -> dict[str, str | None]:
+    """The Hub repository and revision that a folder is a copy of, as far as the Hub's client left
+    traces: {source_repo, source_revision}."""
+    real = Path(os.path.realpath(path))
+    if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
+        repo = real.parents[1].name.removeprefix("models--").replace("--", "/")
+        return {"source_repo": repo, "source_revision": real.name}
+    traces = sorted((path / ".cache" / "huggingface" / "download").glob("*.safetensors.metadata"))
+    revisions = {trace.read_text("utf-8", "replace").partition("\n")[0] for trace in traces}
+    return {
+        "source_repo": None,
+        "source_revision": revisions.pop() if len(revisions) == 1 else None,
+    }
+
+
+def _facts(path: Path) -> FileFacts:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; cannot read it") from error
+    return FileFacts(found.st_size, found.st_mtime_ns)
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

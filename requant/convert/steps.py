@@ -206,3 +206,10 @@ def _of_rows(stored: StoredWeight, start: int, stop: int, compute: Callable[[], 
         if str(error).startswith(stored.name):
             raise
         raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
+
+
+def largest(weight: PlannedWeight, elements: int) -> int:
+    """Elements of the largest run of rows that is computed at a time when asked for `elements`."""
+    assert weight.codec is not None
+    start, stop = next(_ranges(weight.source, weight.codec, elements))
+    return (stop - start) * weight.source.shape[1]

@@ -14,7 +14,7 @@ import mmap
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from requant.convert.header import DATA_ALIGNMENT
-from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME
+from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Digest
 from requant.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"
@@ -76,8 +76,8 @@ class OutputFile:
                 self._flush()
                 self._window = self._next_window()
 
-    def commit(self) -> str:
-        """Make the file durable and give it its name; the SHA-256 of its bytes, in hex."""
+    def commit(self) -> Digest:
+        """Make the file durable and give it its name; the digest of its bytes."""
         with writing(self.path):
             self._flush()
             while self._busy:
@@ -88,13 +88,14 @@ class OutputFile:
             self._close()
             os.rename(self._partial, self.path)
             sync_folder(self.path.parent)
-        return self._sha256.hexdigest()
+        return Digest(self.nbytes, self._sha256.hexdigest())
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
         with contextlib.suppress(OSError):
             self._close()
-        self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # never instead of the error that led here
+            self._partial.unlink()
 
     def _close(self) -> None:
         self._hasher.shutdown()
@@ -195,12 +196,27 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> Digest:
     """Write a JSON file under a temporary name, then rename it."""
-    data = (json.dumps(value, indent=2) + "\n").encode()
-    file = OutputFile(path, len(data))
-    file.append(data)
-    file.commit()
+    data = json_bytes(value)
+    return _write_chunks(path, len(data), [data])
+
+
+def _write_chunks(path: Path, nbytes: int, chunks: Iterable[bytes]) -> Digest:
+    """Write a file of this size."""
+    file = OutputFile(path, nbytes)
+    try:
+        for chunk in chunks:
+            file.append(chunk)
+        return file.commit()
+    except BaseException:
+        file.abandon()
+        raise
 
 
 def side_files(source: Path) -> list[str]:
@@ -229,13 +245,30 @@ def side_files(source: Path) -> list[str]:
     return found
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Copy every side file byte for byte."""
+def copy_side_files(source: Path, out: Path) -> dict[str, Digest]:
+    """Copy every side file byte for byte; the digest of each."""
+    copied = {}
     for relative in side_files(source):
         target = out / relative
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, target)
+        chunks = _chunks(source / relative)
+        copied[relative] = _write_chunks(target, (source / relative).stat().st_size, chunks)
+    return copied
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that is as long as it was when asked last."""
+    left = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(min(WINDOW_BYTES, left)):
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; cannot copy it") from error
+    if left:
+        raise CheckpointError(f"{path}: became shorter by {left} bytes while it was copied")
 
 
 def _refuse(error: OSError) -> None:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from requant.convert.journal import MANIFEST_NAME, Finished, read_manifest
+from requant.convert.journal import MANIFEST_NAME, Digest, read_manifest
 from requant.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 23
 
 
-def recorded(folder: Path) -> Mapping[str, Finished]:
-    """Size and SHA-256 of every weight file, from requant.json. Raises CheckpointError without."""
+def recorded(folder: Path) -> Mapping[str, Digest]:
+    """Size and SHA-256 of every file, from requant.json. Raises CheckpointError without."""
     try:
         written = (read_manifest(folder) or {})["written"]
-        return {
-            Path(name).name: Finished(int(facts["nbytes"]), str(facts["sha256"]))
+        found = {
+            str(name): Digest(int(facts["nbytes"]), str(facts["sha256"]))
             for name, facts in written.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{folder / MANIFEST_NAME}: holds no checksums; only a finished conversion has them"
         ) from None
+    for name in found:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{folder / MANIFEST_NAME}: names {name!r}, outside the folder")
+    return found
 
 
 def check(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, Any]:
-    """Hash every weight file: {ok, files, problems}. `progress` is told of bytes."""
+    """Hash every file: {ok, files, problems}. `progress` is told of bytes."""
     problems = []
     files = recorded(folder)
     for name, facts in files.items():

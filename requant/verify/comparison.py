@@ -7,7 +7,6 @@ tiles, whatever the models' size.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from requant.convert.names import TensorName
 from requant.convert.source import Checkpoint
 from requant.demo import heldout_text
 from requant.errors import CheckpointError, RequantError
+from requant.memory import peak_bytes
 from requant.runner.model import Model
 from requant.runner.tokenizer import load_tokenizer
 from requant.verify import stream
@@ -87,7 +87,7 @@ def verify(
         **numbers(found, limit),
         "problems": shortened(problems),
         "seconds": round(time.monotonic() - started, 3),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
     }
 
 

@@ -90,9 +90,16 @@ def test_a_second_process_is_refused(folder: Path, out: Path) -> None:
 
 def test_a_disk_that_is_too_small(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(Checkpoint.open(folder), default_recipe("bf16"))
-    usage = shutil.disk_usage("/")._replace(free=plan.written_bytes - 1)
+    start(folder, out)
+    total = (
+        sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        - (out / MANIFEST_NAME).stat().st_size
+    )
+    shutil.rmtree(out)
+    assert total > plan.written_bytes
+    usage = shutil.disk_usage("/")._replace(free=total - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refuse(folder, out, f"{plan.written_bytes} bytes are to be written, {usage.free} are free")
+    refuse(folder, out, f"{total} bytes are to be written, {usage.free} are free")
     assert not out.exists()
 
 
@@ -104,7 +111,6 @@ class Disk:
         monkeypatch.setattr(os, "pwrite", self.counted(os.pwrite))
         monkeypatch.setattr(os, "ftruncate", self.counted(os.ftruncate))
         monkeypatch.setattr(os, "fsync", self.counted(os.fsync))
-        monkeypatch.setattr(shutil, "copyfile", self.counted(shutil.copyfile))
 
     def counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def full(*args: Any) -> Any:
@@ -238,9 +244,11 @@ def test_the_manifest_holds_the_hash_of_every_file(folder: Path, out: Path) -> N
     """Hashed while writing, by a run and by the one that continues it."""
     unfinished(folder, out)
     start(folder, out)
-    found = {name: digest for name, digest in hashes(out).items() if name in FILES}
+    found = {name: digest for name, digest in hashes(out).items() if name != MANIFEST_NAME}
     manifest = json.loads((out / MANIFEST_NAME).read_text())
     assert {name: facts["sha256"] for name, facts in manifest["written"].items()} == found
+    read = {name: digest for name, digest in hashes(folder).items() if name in FILES}
+    assert {name: facts["sha256"] for name, facts in manifest["source_files"].items()} == read
     assert all((out / n).stat().st_size == f["nbytes"] for n, f in manifest["written"].items())
 
 

@@ -1,0 +1,84 @@
+"""How much memory a conversion takes, and how widely it may work within a budget.
+
+Memory is what Python, torch and the plan take, the windows of the source that are held, those of
+the output that are being written, and what each worker computes on; nothing in it grows with the
+model but the plan (its tensors' names) and, for formats that are written along the columns
+(GPTQ, AWQ), the largest weight's codes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from requant.convert import steps, writer
+from requant.convert.plan import Plan
+from requant.convert.processes import Team, local_processes
+from requant.convert.readahead import UNHASHED, WINDOW_BYTES, WINDOWS
+from requant.convert.run import Runtime
+from requant.errors import RequantError
+from requant.memory import peak_bytes
+from requant.output import size
+
+#: More workers than this wait for the disk.
+MAX_WORKERS = 16
+#: The fewest windows of the source that still let reading and computing overlap, and the most that
+#: are of use: enough to hold any expert for a second look.
+MIN_WINDOWS, MAX_WINDOWS = 4, 32
+#: Bytes of temporaries, at most, for every element of the tile that a worker computes on, and of
+#: the pieces that wait to be written for every element of them.
+TILE_BYTES, PIECE_BYTES = 24, 4
+
+
+def runtime(
+    plan: Plan, device: torch.device, workers: int | None, ram: int | None, team: Team
+) -> Runtime:
+    """How to run a plan with at most `ram` bytes of memory in this process.
+
+    Raises RequantError, saying what is needed, when it is too small.
+    """
+    wanted = workers or max(1, min(_cores() // local_processes(), MAX_WORKERS))
+    if ram is None:
+        return Runtime(device, wanted, WINDOWS, team)
+    for count in range(wanted, 0, -1):
+        if needed_bytes(plan, count, MIN_WINDOWS) <= ram:
+            spare = ram - needed_bytes(plan, count, MIN_WINDOWS)
+            windows = min(MIN_WINDOWS + spare // WINDOW_BYTES, MAX_WINDOWS)
+            return Runtime(device, count, windows, team)
+        if workers is not None:
+            break
+    fewest = workers or 1
+    least = needed_bytes(plan, fewest, MIN_WINDOWS)
+    raise RequantError(
+        f"--ram: {size(ram)} are too few, {size(least)} are needed with --workers {fewest} "
+        f"({size(_now())} of them by Python and torch); give more"
+    )
+
+
+def needed_bytes(plan: Plan, workers: int, windows: int) -> int:
+    """Memory of this process while it converts, in bytes, at most."""
+    reading = (windows + UNHASHED + 1) * WINDOW_BYTES
+    writing = (writer.WINDOWS + 1) * writer.WINDOW_BYTES
+    tile = piece = held = 0
+    for weight in plan.weights:
+        if weight.codec is None:
+            continue
+        tile = max(tile, steps.largest(weight, steps.TILE_ELEMENTS))
+        piece = max(piece, steps.largest(weight, steps.CHUNK_ELEMENTS))
+        parts = weight.specs.items()
+        held = max(held, 2 * sum(s.nbytes for p, s in parts if p != weight.streamed))
+    computing = workers * tile * TILE_BYTES + (2 * workers + 2) * piece * PIECE_BYTES
+    return _now() + reading + writing + computing + held
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _now() -> int:
+    """Memory of this process so far: its peak, as the system does not give back all of it."""
+    return peak_bytes()

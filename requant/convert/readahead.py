@@ -1,0 +1,145 @@
+"""A file read once, from front to back: large reads ahead of who asks, hashed on the way.
+
+Disks and network file systems are fastest that way, and the hash of what was read costs no second
+pass. The last windows stay in memory, for a second look at a weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from requant.convert.journal import Digest
+
+#: Bytes that are read at a time.
+WINDOW_BYTES = 8 << 20
+#: How many of them are held, unless told.
+WINDOWS = 12
+#: Windows that may wait for their hash.
+UNHASHED = 4
+
+
+class Buffers:
+    """Page-aligned memory of one size that is used again: touching fresh pages takes longer than
+    reading a disk."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: list[mmap.mmap] = []
+
+    def take(self) -> torch.Tensor:
+        """A buffer as uint8; it comes back when nothing views the tensor any more."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = mmap.mmap(-1, self._nbytes)
+        lent = (ctypes.c_ubyte * self._nbytes).from_buffer(memory)
+        weakref.finalize(lent, self._free.append, memory)
+        return torch.frombuffer(lent, dtype=torch.uint8)
+
+
+class ReadAhead:
+    """The windows of one file, read in order by a thread of its own.
+
+    `read(begin, end)` gives bytes of the file as uint8; at most `windows` of WINDOW_BYTES are held,
+    half of them ahead of what was asked for last.
+    """
+
+    def __init__(self, nbytes: int, read: Callable[[int, int], torch.Tensor], windows: int) -> None:
+        self._nbytes, self._read, self._windows = nbytes, read, max(windows, 2)
+        self._size = WINDOW_BYTES
+        self._count = -(-nbytes // self._size)
+        self._held: dict[int, torch.Tensor] = {}  # consecutive, up to but without self._next
+        self._next = 0
+        self._asked = 0
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._sha256 = hashlib.sha256()
+        self._thread = threading.Thread(target=self._run, name="requant-read")
+        self._thread.start()
+
+    def take(self, begin: int, end: int, wait: bool) -> torch.Tensor | None:
+        """Bytes begin:end; None when they are no longer held, or too many to be, or when they lie
+        far ahead and are not worth a `wait`."""
+        first, last = begin // self._size, (end - 1) // self._size
+        if end <= begin or last - first >= self._windows // 2:
+            return None
+        with self._changed:
+            gone = first < self._next - len(self._held)
+            if gone or (last >= self._asked and not wait):
+                return None
+            self._ask(last + 1 + self._windows // 2)
+            self._changed.wait_for(lambda: self._next > last or self._error or self._closed)
+            if self._error is not None:
+                raise self._error
+            if first not in self._held or last not in self._held:
+                return None
+            held = [self._held[index] for index in range(first, last + 1)]
+        start = begin - first * self._size
+        if len(held) == 1:
+            return held[0][start : start + end - begin]
+        middle = [held[0][start:], *held[1:-1], held[-1][: end - last * self._size]]
+        return torch.cat(middle)
+
+    def finish(self) -> Digest:
+        """Read the rest; the digest of the whole file."""
+        with self._changed:
+            self._ask(self._count)
+            self._changed.wait_for(lambda: self._next == self._count or self._error)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return Digest(self._nbytes, self._sha256.hexdigest())
+
+    def close(self) -> None:
+        """Stop reading."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._held.clear()
+
+    def _ask(self, stop: int) -> None:
+        if stop > self._asked:
+            self._asked = min(stop, self._count)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        unhashed: deque[Future[None]] = deque()
+        try:
+            with ThreadPoolExecutor(1, "requant-hash-source") as hasher:
+                while self._wait_for_demand():
+                    begin = self._next * self._size
+                    window = self._read(begin, min(begin + self._size, self._nbytes))
+                    unhashed.append(hasher.submit(self._sha256.update, window.numpy().data))
+                    if len(unhashed) > UNHASHED:
+                        unhashed.popleft().result()
+                    self._hold(window)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_demand(self) -> bool:
+        """Whether there is a window to read; waits until one is asked for."""
+        with self._changed:
+            done = self._next == self._count
+            self._changed.wait_for(lambda: done or self._closed or self._next < self._asked)
+            return not done and not self._closed
+
+    def _hold(self, window: torch.Tensor) -> None:
+        with self._changed:
+            self._held[self._next] = window
+            self._next += 1
+            if len(self._held) > self._windows:
+                del self._held[next(iter(self._held))]
+            self._changed.notify_all()
