@@ -1,8 +1,9 @@
 """Measure `requant convert` against the disk: wall time over floor, and peak memory.
 
-python bench/convert.py [--size-gb 4] [--dir DIR] [--to bf16 --to int4 ...] [--scale 1,4] [--json]
+python bench/convert.py [--size-gb 8] [--dir DIR] [--from fp8-block ...] [--to int4 ...]
+                        [--scale 1,4,16] [--json]
 
-The source is generated once and kept in --dir; outputs are removed. Each conversion is a child
+Sources are generated once and kept in --dir; outputs are removed. Each conversion is a child
 process that starts with none of the source in the page cache; wall time is from its start to its
 end, Python's and torch's start included.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,8 @@ from table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("bf16", "fp8-block", "int8-channel", "int4", "mxfp4", "nvfp4")
+#: Sources, and the bytes of each for a byte of the FP8 checkpoint that it is made from.
+SOURCES = {"fp8-block": 1.0, "bf16": 2.0, "mxfp4": 17 / 32}
 #: What convert reports of its own peak memory may lie this far below what the kernel saw.
 RSS_SLACK = 0.05
 
@@ -66,16 +70,17 @@ def main() -> None:
     sizes = options.scale or [options.size_gb]
     results = []
     for size_gb in sizes:
-        _say(f"source of {size_gb:g} GB")
-        source = make_checkpoint(options.dir / f"fp8-{size_gb:g}gb", size_gb)
-        read_floor = read_seconds(_weight_files(source))
-        for target in options.to or TARGETS:
-            _say(f"{source.name} -> {target}")
-            best = min(
-                (_measure(source, options.dir, target, read_floor) for _ in range(options.repeat)),
-                key=lambda result: result.wall_seconds,
-            )
-            results.append(best)
+        for stored in options.sources or SOURCES:
+            _say(f"source of {size_gb:g} GB in {stored}")
+            source = make_source(options.dir, stored, size_gb)
+            read_floor = read_seconds(_weight_files(source))
+            for target in options.to or TARGETS:
+                _say(f"{source.name} -> {target}")
+                runs = (
+                    _measure(source, stored, options.dir, target, read_floor)
+                    for _ in range(options.repeat)
+                )
+                results.append(min(runs, key=lambda result: result.wall_seconds))
     if options.json:
         machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "os": platform.system()}
         print(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}))
@@ -86,8 +91,11 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     folder = Path(tempfile.gettempdir(), "requant-bench")
-    parser.add_argument("--size-gb", type=float, default=4, help="size of the source (4)")
+    parser.add_argument("--size-gb", type=float, default=8, help="size of the source (8)")
     parser.add_argument("--dir", type=Path, default=folder, help=f"working folder ({folder})")
+    parser.add_argument(
+        "--from", action="append", dest="sources", metavar="FORMAT", help=", ".join(SOURCES)
+    )
     parser.add_argument("--to", action="append", metavar="FORMAT", help=", ".join(TARGETS))
     parser.add_argument(
         "--scale",
@@ -102,7 +110,23 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _measure(source: Path, folder: Path, target: str, read_floor: dict[str, float]) -> Result:
+def make_source(folder: Path, stored: str, size_gb: float) -> Path:
+    """A checkpoint of at least `size_gb` GB in a format, made here or taken if it is there."""
+    path = folder / f"{stored}-{size_gb:g}gb"
+    if stored == "fp8-block":
+        return make_checkpoint(path, size_gb)
+    if not (path / "requant.json").exists():
+        larger = size_gb / SOURCES[stored]
+        origin = make_checkpoint(folder / f"fp8-block-{larger:g}gb", larger)
+        requant("convert", str(origin), str(path), "--to", stored)
+        if larger != size_gb:
+            shutil.rmtree(origin)
+    return path
+
+
+def _measure(
+    source: Path, stored: str, folder: Path, target: str, read_floor: dict[str, float]
+) -> Result:
     """Convert once, look at the output, remove it, then measure what writing it takes dd."""
     with tempfile.TemporaryDirectory(prefix="out-", dir=folder) as name:
         out = Path(name)
@@ -119,7 +143,7 @@ def _measure(source: Path, folder: Path, target: str, read_floor: dict[str, floa
     floor = min(read_floor.values()) + min(write_floor.values())
     source_bytes = sum(file.stat().st_size for file in _weight_files(source))
     return Result(
-        source_format="fp8-block",
+        source_format=stored,
         target_format=target,
         source_bytes=source_bytes,
         output_bytes=sum(sizes),

@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from convert import requant
+from convert import SOURCES, make_source, requant
 from floor import drop_cache
-from synthetic import make_checkpoint
 from table import markdown
 
 #: Arguments of each program: source, output, workers.
@@ -96,9 +95,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="pairs whose text, `bf16 -> int4`, holds this")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
-    sources = {
-        "fp8-block": make_checkpoint(options.dir / f"fp8-{options.size_gb:g}gb", options.size_gb)
-    }
     results = []
     for pair in PAIRS:
         if options.only not in f"{pair.source} -> {pair.target}":
@@ -107,21 +103,14 @@ def main() -> None:
                           capture_output=True).returncode:  # fmt: skip
             _say(f"{pair.tool} is not installed for {options.python}: left out")
             continue
-        if pair.source not in sources:
-            sources[pair.source] = _as(pair.source, sources["fp8-block"])
+        size_gb = options.size_gb * SOURCES[pair.source]
+        source = make_source(options.dir, pair.source, size_gb)
         _say(f"{pair.source} -> {pair.target}: {pair.tool}, then requant")
-        results.append(_measure(pair, sources[pair.source], options.dir, options.python))
+        results.append(_measure(pair, source, options.dir, options.python))
     if options.json:
         print(json.dumps([asdict(result) for result in results]))
     elif results:
         print(markdown([_row(result) for result in results]))
-
-
-def _as(target: str, source: Path) -> Path:
-    """The same checkpoint in another format, kept beside it."""
-    folder = source.with_name(f"{source.name}-{target}")
-    requant("convert", str(source), str(folder), "--to", target)
-    return folder
 
 
 def _measure(pair: Pair, source: Path, folder: Path, python: str) -> Result:
