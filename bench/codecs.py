@@ -1,10 +1,26 @@
 """Measure every codec on one core: elements per second of decode and encode.
 
-python bench/codecs.py [--values bf16] [--format int4 ...] [--repeat 7] [--json]
+python bench/codecs.py [--values bf16] [--format int4 ...] [--repeat 100] [--json]
 
-The tiles are those that `convert` makes of a [2048, 7168] weight (an expert's up_proj in
+The tile is the first that `convert` makes of a [2048, 7168] weight (an expert's up_proj in
 DeepSeek-V3). --values names the format whose decoded values are encoded: FP8's encoder works harder
 on values that came from FP8 than on values that came from BF16.
+
+The model beside each rate is what memory allows: the bytes that the fewest passes of torch over a
+tile must read and write, at the bandwidth that torch's `copy_` of a float32 tile reaches on this
+core in the same run. Torch runs one operation a pass and nothing between passes stays in registers,
+so each step below moves its operands through the cache once (bytes an element, read + written;
+scales are too few to count; w is the width stored, 2 or 4):
+
+| | decode | encode |
+|---|---|---|
+| plain | widen w + 4 | round 4 + w; look for infinity w |
+| 8 bits | widen 1 + 4; scale 4 + 4 | amax 4; divide 4 + 4; round and narrow 4 + 1 |
+| 4 bits | unpack 0.5 + 1; the same | the same; pack 1 + 0.5 |
+
+FP8 blocks of values that came from FP8 are compared with what their codes decode to, another 1 + 4,
+4 + 4 and 4 + 4. The model asks that torch's casts and roundings are as fast as a copy: the ratio
+tells how far they are from that.
 """
 
 from __future__ import annotations
@@ -22,8 +38,13 @@ from table import markdown
 from requant.convert.source import iter_tiles
 from requant.convert.steps import TILE_ELEMENTS
 from requant.quant import CODECS, Codec, format_name, parse_format
+from requant.quant.codec import bits_per_weight
+from requant.quant.plain import Plain
 
 SHAPE = (2048, 7168)
+
+#: Bytes an element that a second look at FP8 blocks moves.
+SECOND_LOOK = 5 + 8 + 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +55,8 @@ class Result:
     tile_rows: int
     decode_elements_per_second: float
     encode_elements_per_second: float
+    decode_model: float
+    encode_model: float
 
 
 def main() -> None:
@@ -41,13 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--values", default="bf16", metavar="FORMAT", help="default: bf16")
     parser.add_argument("--format", action="append", metavar="FORMAT", help="default: all")
-    parser.add_argument("--repeat", type=int, default=7, help="keep the best of so many (7)")
+    parser.add_argument("--repeat", type=int, default=100, help="keep the best of so many (100)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
     torch.set_num_threads(1)
     codecs = [parse_format(name) for name in options.format] if options.format else CODECS
-    values = _values(parse_format(options.values))
-    results = [_measure(codec, values, options.repeat) for codec in codecs]
+    source = parse_format(options.values)
+    values = _values(source)
+    results = [_measure(codec, values, source, options.repeat) for codec in codecs]
     if options.json:
         print(json.dumps({"values": options.values, "results": [asdict(r) for r in results]}))
     else:
@@ -60,30 +84,46 @@ def _values(codec: Codec) -> torch.Tensor:
     return codec.decode(codec.encode(weight, SHAPE), SHAPE)
 
 
-def _measure(codec: Codec, values: torch.Tensor, repeat: int) -> Result:
-    """Time both directions over all tiles; the tiles are copies, as if just read or decoded."""
-    ranges = list(iter_tiles(*SHAPE, codec.row_alignment(SHAPE[1]), TILE_ELEMENTS))
-    tiles = [values[start:stop].clone() for start, stop in ranges]
-    encoded = [codec.encode(tile, SHAPE) for tile in tiles]
+def _moved_bytes(codec: Codec, source: Codec) -> tuple[float, float]:
+    """Bytes an element that decoding and encoding values of `source` move at least."""
+    bits = round(bits_per_weight(codec))
+    if isinstance(codec, Plain):
+        return (0 if bits == 32 else bits / 8 + 4), 4 + bits / 8 + bits / 8
+    packing = 1.5 if bits < 8 else 0
+    second = SECOND_LOOK if codec.name == source.name == "fp8-block" else 0
+    return packing + 5 + 8, 4 + 8 + 5 + packing + second
 
-    def encode() -> None:
-        for tile in tiles:
-            codec.encode(tile, SHAPE)
 
-    def decode() -> None:
-        for tile, parts in zip(tiles, encoded, strict=True):
-            codec.decode(parts, (len(tile), SHAPE[1]))
+def _bandwidth(elements: int, repeat: int) -> float:
+    """Bytes a second, read and written, of copying one warm float32 tile to another."""
+    tile = torch.ones(elements)
+    copy = torch.zeros(elements)
+    return 8 * elements / _best(lambda: copy.copy_(tile), repeat)
 
-    elements = math.prod(SHAPE)
+
+def _measure(codec: Codec, values: torch.Tensor, source: Codec, repeat: int) -> Result:
+    """Time both directions of one tile, warm, as if just read or decoded."""
+    ranges = iter_tiles(*SHAPE, codec.row_alignment(SHAPE[1]), TILE_ELEMENTS)
+    start, stop = next(iter(ranges))
+    tile = values[start:stop].clone()
+    # As `convert` does, whose first pass takes the amax of what is stored.
+    summary = codec.summarize([codec.measure(values)]) if codec.two_pass else None
+    parts = codec.encode(tile, SHAPE, summary)
+    shape = (len(tile), SHAPE[1])
+    decoding, encoding = _moved_bytes(codec, source)
+    bandwidth = _bandwidth(tile.numel(), repeat)
     return Result(
         format=format_name(codec),
-        tile_rows=len(tiles[0]),
-        decode_elements_per_second=elements / _best(decode, repeat),
-        encode_elements_per_second=elements / _best(encode, repeat),
+        tile_rows=len(tile),
+        decode_elements_per_second=tile.numel() / _best(lambda: codec.decode(parts, shape), repeat),
+        encode_elements_per_second=tile.numel()
+        / _best(lambda: codec.encode(tile, SHAPE, summary), repeat),
+        decode_model=bandwidth / decoding if decoding else math.inf,
+        encode_model=bandwidth / encoding,
     )
 
 
-def _best(work: Callable[[], None], repeat: int) -> float:
+def _best(work: Callable[[], object], repeat: int) -> float:
     """CPU seconds of the fastest repetition: other work on the machine does not count."""
     seconds = []
     for _ in range(repeat):
@@ -98,8 +138,17 @@ def _row(result: Result) -> dict[str, str]:
         "format": result.format,
         "rows a tile": str(result.tile_rows),
         "decode G/s": _rate(result.decode_elements_per_second),
+        "model": _rate(result.decode_model),
+        "ratio": _ratio(result.decode_model, result.decode_elements_per_second),
         "encode G/s": _rate(result.encode_elements_per_second),
+        "model ": _rate(result.encode_model),
+        "ratio ": _ratio(result.encode_model, result.encode_elements_per_second),
     }
+
+
+def _ratio(model: float, measured: float) -> str:
+    """How many times slower than the model."""
+    return f"{model / measured:.2f}" if math.isfinite(model) else "-"
 
 
 def _rate(per_second: float) -> str:

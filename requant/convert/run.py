@@ -50,6 +50,9 @@ from requant.quant import TensorSpec
 
 Progress = Callable[[int], None]
 
+#: More than any temporary of a tile, and less than the 32 MiB up to which glibc learns.
+MALLOC_BYTES = 31 << 20
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -200,6 +203,9 @@ def _write_files(
             if planned.name in finished:
                 progress(sum(weight.source.nbytes for weight in planned.weights))
     todo = [planned for planned in plan.files if planned.name not in finished]
+    # glibc keeps for later use what is smaller than the largest block that was freed so far, and
+    # fresh memory takes as long to touch as it takes to compute a tile.
+    torch.empty(MALLOC_BYTES, dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a sum over several threads depends on their number
     try:

@@ -241,6 +241,17 @@ class Checkpoint:
         except FormatError as error:
             raise FormatError(f"{weight.name}: {error}") from error
 
+    def amax_rows(
+        self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """The largest magnitude that `decode_rows` gives, float32 [1]."""
+        assert weight.codec is not None
+        parts = {p: t.to(device) for p, t in self.read_tile(weight, start, stop).items()}
+        try:
+            return weight.codec.amax(parts, (stop - start, weight.shape[1]))
+        except FormatError as error:
+            raise FormatError(f"{weight.name}: {error}") from error
+
     def decode(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """A whole weight in float32, its true shape, whatever it is stored in."""
         weight = self.weights.get(name)

@@ -71,7 +71,8 @@ class Summaries:
     def _compute(self, codec: Codec, companions: Sequence[StoredWeight]) -> torch.Tensor:
         def measure(stored: StoredWeight, start: int, stop: int) -> list[torch.Tensor]:
             def of_tile(a: int, b: int) -> torch.Tensor:
-                tile = self._source.decode_rows(stored, a, b, self._device)
+                rows = self._source.amax_rows if codec.measures_amax else self._source.decode_rows
+                tile = rows(stored, a, b, self._device)
                 return _of_rows(stored, a, b, lambda: codec.measure(tile))
 
             return [of_tile(*rows) for rows in _ranges(stored, codec, TILE_ELEMENTS, start, stop)]

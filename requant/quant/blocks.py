@@ -73,6 +73,21 @@ def block_amax(tile: torch.Tensor, block_rows: int, block_cols: int) -> torch.Te
     return reduce_columns(peaks, block_cols)
 
 
+def block_range(
+    values: torch.Tensor, block_rows: int, block_cols: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest integer of each block, as far as they are below and above 0:
+    [rows, cols] -> two ceil grids of blocks."""
+    missing = -values.shape[1] % block_cols
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values  # a copy
+    groups = padded.unflatten(1, (-1, block_cols))
+    low, high = groups.amin(2).clamp_max_(0), groups.amax(2).clamp_min_(0)
+    return (
+        torch.stack([strip.amin(0) for strip in low.split(block_rows)]),
+        torch.stack([strip.amax(0) for strip in high.split(block_rows)]),
+    )
+
+
 def reduce_columns(values: torch.Tensor, block_cols: int, fill: float = 0.0) -> torch.Tensor:
     """The largest of each run of block_cols columns, the last one filled up with `fill`:
     [n, cols] -> [n, ceil(cols / block_cols)]."""
@@ -83,6 +98,11 @@ def reduce_columns(values: torch.Tensor, block_cols: int, fill: float = 0.0) -> 
 def block_strips(
     tile: torch.Tensor, scale: torch.Tensor, block_rows: int, block_cols: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of a block row of the tile [<= block_rows, cols] and its scales per column [cols]."""
-    columns = scale.repeat_interleave(block_cols, dim=1)[:, : tile.shape[1]]
+    """Pairs of a block row of the tile and its scales, of shapes that broadcast: [<= block_rows,
+    blocks, block_cols] and [blocks, 1], or [<= block_rows, cols] and [cols] where the last block is
+    partial, which is slower."""
+    if tile.shape[1] % block_cols == 0:
+        tile, columns = tile.unflatten(1, (-1, block_cols)), scale[..., None]
+    else:
+        columns = scale.repeat_interleave(block_cols, dim=1)[:, : tile.shape[1]]
     return zip(tile.split(block_rows), columns, strict=True)

@@ -72,12 +72,19 @@ class TensorSpec:
     128 for the scales of 128-row blocks, 2 / cols for two codes a byte of the flattened weight, 0
     for a part that belongs to the weight as a whole. `axis` is 1 where the rows of the weight run
     along the columns of the part (GPTQ, AWQ).
+
+    `cols` tells the same of columns of the weight and the other one of the part's first two axes
+    (of a part with rows 0: along `axis`): 1 for codes, 2 for two codes a byte, 8 for eight a word,
+    128 for the scales of 128-column blocks, the group size for those of groups, 0 for a part that
+    all columns share. None for a part of the flattened weight, where columns run along `axis` as
+    well: a step covers `rows` times the weight's width of values.
     """
 
     dtype: str
     shape: tuple[int, ...]
     rows: int | Fraction = 1
     axis: int = 0
+    cols: int | None = 1
 
     @property
     def nbytes(self) -> int:
@@ -164,8 +171,13 @@ class Codec(ABC):
     fused_only: bool = False
     #: Small parts whose bytes tell what headers do not; see `with_content`.
     needs_content: tuple[str, ...] = ()
+    #: Parts whose content depends on the weight's shape, or on which of its columns is the first;
+    #: see `relocate`.
+    relocated: tuple[str, ...] = ()
     #: Whether `encode` needs a `summary` of the whole weight first.
     two_pass: bool = False
+    #: Whether `measure` looks for the largest magnitude only: the `amax` of a tile will do for it.
+    measures_amax: bool = False
     #: Whether weights that engines fuse (names.fused_set) must share one summary.
     shares_summary: bool = False
 
@@ -207,6 +219,12 @@ class Codec(ABC):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Decode the parts of one tile of `shape` into float32."""
 
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """The largest magnitude that `decode` gives for the parts of one tile of `shape`, float32
+        [1]; not finite where a value is not."""
+        low, high = torch.aminmax(self.decode(parts, shape))
+        return torch.maximum(-low, high).reshape(1)
+
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes and scales of one tile of `shape`; `codes` None when their part is absent.
 
@@ -240,6 +258,16 @@ class Codec(ABC):
         no options. Raises FormatError for bytes that make no sense.
         """
         return self
+
+    def relocate(
+        self, part: str, stored: torch.Tensor, shape: tuple[int, int], shift: int
+    ) -> torch.Tensor:
+        """A `relocated` part of a weight that is cut or joined, for the new weight of `shape`.
+
+        `shift` is added to the number of each column: less than 0 in a cut. Raises FormatError when
+        the columns at hand cannot make a weight of their own.
+        """
+        raise NotImplementedError
 
     def accepts(self, stored: Codec) -> bool:
         """Whether a weight that is stored as `stored` is in this format already.

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from requant.quant.packing import nibbles_to_float32
+from requant.quant.packing import e2m1_and_scale
 
 E2M1_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -32,14 +32,15 @@ def e2m1_bytes(values: torch.Tensor) -> torch.Tensor:
     """
     values.mul_(4).clamp_(-4 * E2M1_MAX, 4 * E2M1_MAX)
     floor = values.floor()
-    pairs = values.ceil_().add_(floor).to(torch.int8).view(torch.int16)
-    index = pairs.flatten().to(torch.int32).add_(1 << 15)
+    pairs = values.ceil_().add_(floor).to(torch.int8).view(torch.uint16)
+    index = pairs.to(torch.int32).flatten()
     return _pair_table(values.device).index_select(0, index).view(pairs.shape)
 
 
 def e2m1_to_float32(packed: torch.Tensor) -> torch.Tensor:
     """Packed codes, a byte for two, [rows, cols / 2] -> float32 [rows, cols]."""
-    return nibbles_to_float32(packed, E2M1_VALUES)
+    values, factor = e2m1_and_scale(packed, torch.ones((), device=packed.device))
+    return values.mul_(factor)
 
 
 def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
@@ -56,8 +57,8 @@ def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _pair_table(device: torch.device) -> torch.Tensor:
-    """The byte of two codes at 2^15 + the int16 whose bytes are floor(4x) + ceil(4x) of each."""
-    sums = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.int8)
+    """The byte of two codes at the uint16 whose bytes are floor(4x) + ceil(4x) of each, as int8."""
+    sums = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.int8)
     size, code = sums.to(torch.int16).abs(), (sums < 0).to(torch.uint8) * 8
     for upper, (low, high) in enumerate(pairwise(_MAGNITUDES), start=1):
         halfway = 4 * (low + high)  # a tie moves up where that is the even code

@@ -19,7 +19,7 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant.blocks import (
-    block_amax,
+    block_range,
     block_strips,
     reduce_columns,
     require_block,
@@ -118,7 +118,9 @@ class Fp8Block(Codec):
         grid = (-(-rows // self.block_rows), -(-cols // self.block_cols))
         return {
             "weight": TensorSpec("F8_E4M3", (rows, cols)),
-            self._scale_part: TensorSpec(SCALE_DTYPES[self.scale], grid, rows=self.block_rows),
+            self._scale_part: TensorSpec(
+                SCALE_DTYPES[self.scale], grid, rows=self.block_rows, cols=self.block_cols
+            ),
         }
 
     def encode(
@@ -134,16 +136,12 @@ class Fp8Block(Codec):
         amax = reduce_columns(peaks, self.block_cols)
         require_finite(amax)
         stored = self._scale(amax)
-        scale = scale_to_float32(stored)
-        codes = self._codes(tile, scale)
+        codes = self._codes(tile, scale_to_float32(stored))
         # Only values with low bits set can come from an FP8 code times a float32 scale whose
         # product was rounded; BF16 sources skip the second look. Column peaks, not block ones:
         # the amax of a lone block may have no low bits by chance.
         if self.scale == "fp32" and bool((peaks.view(torch.int32) & 0xFFFF).any()):
-            original = self._original_scale(tile, codes, scale)
-            if not torch.equal(original, scale):
-                stored = self._where_exact(tile, original, scale)
-                codes = self._codes(tile, stored)
+            stored = self._original_scale(tile, codes, stored)
         return {"weight": codes, self._scale_part: stored}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
@@ -153,6 +151,13 @@ class Fp8Block(Codec):
         for strip, row_scale in block_strips(tile, scale, *self._block):
             strip.mul_(row_scale)
         return tile
+
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """Each block's largest code, NaN the largest of all, times its scale."""
+        strips = (parts["weight"].view(torch.int8) & 0x7F).split(self.block_rows)
+        codes = reduce_columns(torch.stack([strip.amax(0) for strip in strips]), self.block_cols)
+        largest = e4m3_to_float32(codes.view(torch.float8_e4m3fn))
+        return largest.mul_(scale_to_float32(parts[self._scale_part]).abs()).amax().reshape(1)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are."""
@@ -258,40 +263,49 @@ class Fp8Block(Codec):
         strips = block_strips(tile, scale, *self._block)
         targets = codes.split(self.block_rows)
         for target, (strip, row_scale) in zip(targets, strips, strict=True):
-            target.copy_((strip / row_scale).clamp_(-E4M3_MAX, E4M3_MAX))
+            quotient = (strip / row_scale).clamp_(-E4M3_MAX, E4M3_MAX)
+            target.copy_(quotient.view(target.shape))
         return codes
-
-    def _where_exact(
-        self, tile: torch.Tensor, original: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        """`original` for the blocks that it gives back bit for bit, `scale` for the others, whose
-        values came from elsewhere."""
-        parts = {"weight": self._codes(tile, original), self._scale_part: original}
-        shape = (tile.shape[0], tile.shape[1])
-        missed = block_amax((self.decode(parts, shape) != tile).float(), *self._block)
-        return torch.where(missed == 0, original, scale)
 
     def _original_scale(
         self, tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
-        """The scale the tile was decoded with, where it was; else `scale`.
+        """The scale the tile was decoded with, where it was; else `scale`, amax / 448.
 
-        448 * s is rounded in float32, so amax / 448 can miss s by one ulp. A code that is a power
-        of two times s is exact: where all of a block's such elements give the same quotient, and
-        it lies within an ulp of amax / 448, that quotient is s.
+        448 * s is rounded in float32, so amax / 448 can miss s by one ulp, and the codes are the
+        same: none lies near a tie. Products of codes and a larger scale are nowhere smaller, so a
+        block tells on which side s is; the products with s are the block, bit for bit.
         """
-        infinity = torch.tensor(torch.inf, device=tile.device)
-        lows, highs = [], []
-        for strip, coded in zip(
-            tile.split(self.block_rows), codes.split(self.block_rows), strict=True
-        ):
-            # Mantissa bits all zero, exponent bits not: a normal power of two.
-            bits = coded.view(torch.uint8)
-            exact = ((bits & 0x07) == 0) & ((bits & 0x78) != 0)
-            quotient = strip / e4m3_to_float32(coded)
-            lows.append(torch.where(exact, -quotient, -infinity).amax(0))
-            highs.append(torch.where(exact, quotient, -infinity).amax(0))
-        low = -reduce_columns(torch.stack(lows), self.block_cols, -torch.inf)
-        high = reduce_columns(torch.stack(highs), self.block_cols, -torch.inf)
-        near = (high.view(torch.int32) - scale.view(torch.int32)).abs() <= 1
-        return torch.where((low == high) & near, high, scale)
+        values, moved = e4m3_and_scale(codes, scale)
+        low, high = self._differences(tile, values, moved)
+        ulps = ((high > 0) & (low == 0)).int() - ((low < 0) & (high == 0)).int()
+        if not bool(ulps.any()):
+            return scale
+        low, high = self._differences(tile, values, _next(moved, ulps))
+        # Only a power of two times a scale is exact and tells the scale: without one, s is unknown.
+        powers, _ = block_range(_powers_of_two(codes), *self._block)
+        found = (low == 0) & (high == 0) & (powers < 0)
+        return torch.where(found, _next(scale, ulps), scale)
+
+    def _differences(
+        self, tile: torch.Tensor, values: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By how many ulps the tile's magnitudes exceed those of values * scale: the least and the
+        most in each block, or 0. Signs are the same, so magnitudes differ as the bits do."""
+        product = torch.empty_like(values)
+        strips = block_strips(values, scale, *self._block)
+        for target, (strip, row_scale) in zip(product.split(self.block_rows), strips, strict=True):
+            torch.mul(strip, row_scale, out=target.view(strip.shape))
+        bits = product.view(torch.int32)
+        return block_range(torch.sub(tile.view(torch.int32), bits, out=bits), *self._block)
+
+
+def _next(scale: torch.Tensor, ulps: torch.Tensor) -> torch.Tensor:
+    """Positive float32 `ulps` further."""
+    return (scale.view(torch.int32) + ulps).view(torch.float32)
+
+
+def _powers_of_two(codes: torch.Tensor) -> torch.Tensor:
+    """int8, -1 for the E4M3 codes with exponent bits and no mantissa bits, 0 or more for others."""
+    sizes = codes.view(torch.int8) & 0x7F
+    return (sizes & 7).sub_((sizes >> 3).clamp_max_(1))

@@ -69,7 +69,7 @@ class Fp8Channel(Codec):
         """Codes and one scale a row."""
         return {
             "weight": TensorSpec("F8_E4M3", (rows, cols)),
-            "weight_scale": TensorSpec(SCALE_DTYPES[self.scale], (rows, 1)),
+            "weight_scale": TensorSpec(SCALE_DTYPES[self.scale], (rows, 1), cols=0),
         }
 
     def encode(

@@ -72,6 +72,7 @@ class Fp8Tensor(Codec):
     alphabet = "e4m3"
     packs = frozenset[Alphabet](("e4m3",))
     two_pass = True
+    measures_amax = True
     #: vLLM re-quantizes fused weights to the largest of their scales: one scale spares them that.
     shares_summary = True
 
@@ -103,7 +104,9 @@ class Fp8Tensor(Codec):
         """Codes and the one scale."""
         return {
             "weight": TensorSpec("F8_E4M3", (rows, cols)),
-            self._scale_part: TensorSpec(SCALE_DTYPES[self.scale], self._scale_shape, rows=0),
+            self._scale_part: TensorSpec(
+                SCALE_DTYPES[self.scale], self._scale_shape, rows=0, cols=0
+            ),
         }
 
     def measure(self, tile: torch.Tensor) -> torch.Tensor:

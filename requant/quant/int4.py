@@ -31,12 +31,13 @@ from requant.quant.codec import (
     scale_dtype,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
+from requant.quant.cutting import relocate_groups
 from requant.quant.integer import (
     check_options,
     quantize_asymmetric,
     quantize_symmetric,
 )
-from requant.quant.packing import nibbles_to_float32, pack_nibbles, row_major, unpack_nibbles
+from requant.quant.packing import centred_nibbles, pack_nibbles, row_major, unpack_nibbles
 
 #: What engines have kernels for, and messages suggest; other multiples of 8 are legal.
 GROUP_SIZES = (32, 64, 128)
@@ -47,8 +48,6 @@ MIDDLE = 8
 
 _PARTS = {"weight_packed", "weight_scale", "weight_shape"}
 _OPTIONAL = {"weight_zero_point", "weight_g_idx"}
-#: What the stored codes 0..15 stand for, before the scale.
-_VALUES = tuple(float(code - MIDDLE) for code in range(16))
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,11 @@ class Int4(Codec):
         return ("weight_shape",) if self.group_size == CHANNEL else ()
 
     @property
+    def relocated(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The shape, and groups that are counted from the first column's."""
+        return ("weight_g_idx", "weight_shape") if self.act_order else ("weight_shape",)
+
+    @property
     def read_only(self) -> bool:  # type: ignore[override]
         """Act-order needs the order, which data-free conversion does not have."""
         return self.act_order
@@ -106,15 +110,17 @@ class Int4(Codec):
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
         size = self._group(cols)
         require_groups(self.name, cols, size, GROUP_SIZES)
+        groups, step = cols // size, 0 if self.group_size == CHANNEL else size
         specs = {
-            "weight_packed": TensorSpec("I32", (rows, -(-cols // 8))),
-            "weight_scale": TensorSpec(FLOAT_SCALES[self.scale], (rows, cols // size)),
+            "weight_packed": TensorSpec("I32", (rows, -(-cols // 8)), cols=8),
+            "weight_scale": TensorSpec(FLOAT_SCALES[self.scale], (rows, groups), cols=step),
         }
         if not self.symmetric:
-            specs["weight_zero_point"] = TensorSpec("I32", (-(-rows // 8), cols // size), rows=8)
+            words = -(-rows // 8)
+            specs["weight_zero_point"] = TensorSpec("I32", (words, groups), rows=8, cols=step)
         if self.act_order:
             specs["weight_g_idx"] = TensorSpec("I32", (cols,), rows=0)
-        return {**specs, "weight_shape": TensorSpec("I64", (2,), rows=0)}
+        return {**specs, "weight_shape": TensorSpec("I64", (2,), rows=0, cols=0)}
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
         """Rows of the packed words, columns of the scales' groups."""
@@ -147,7 +153,7 @@ class Int4(Codec):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """(code - zero point) * scale: exact in float32 for BF16 and F16 scales."""
         rows, cols = shape
-        values = nibbles_to_float32(parts["weight_packed"], _VALUES)
+        values = centred_nibbles(parts["weight_packed"])
         if values.shape[1] != cols:
             values = values[:, :cols].contiguous()
         scale = parts["weight_scale"].to(torch.float32)
@@ -221,6 +227,14 @@ class Int4(Codec):
         """A channel-wise weight's true shape."""
         numbers = torch.frombuffer(bytearray(content["weight_shape"]), dtype=torch.int64)
         return dataclasses.replace(self, stored_shape=tuple(numbers.tolist()))
+
+    def relocate(
+        self, part: str, stored: torch.Tensor, shape: tuple[int, int], shift: int
+    ) -> torch.Tensor:
+        """The new shape; the same groups, counted anew."""
+        if part == "weight_shape":
+            return torch.tensor(shape, dtype=torch.int64, device=stored.device)
+        return relocate_groups(part, stored, shape[1], self.group_size, shift)
 
     def scheme(self) -> dict[str, Any]:
         """Preset W4A16 or W4A16_ASYM with this group size."""

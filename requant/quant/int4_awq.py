@@ -87,10 +87,11 @@ class Int4Awq(Codec):
                 f"({rows} % {ROW_MULTIPLE} = {rows % ROW_MULTIPLE}); use int4-gptq, or {LEAVE}"
             )
         require_groups(self.name, cols, size, GROUP_SIZES[1:])
+        groups, step = cols // size, max(self.group_size, 0)
         return {
             "qweight": TensorSpec("I32", (cols, rows // 8), rows=8, axis=1),
-            "qzeros": TensorSpec("I32", (cols // size, rows // 8), rows=8, axis=1),
-            "scales": TensorSpec(FLOAT_SCALES[self.scale], (cols // size, rows), axis=1),
+            "qzeros": TensorSpec("I32", (groups, rows // 8), rows=8, axis=1, cols=step),
+            "scales": TensorSpec(FLOAT_SCALES[self.scale], (groups, rows), axis=1, cols=step),
         }
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:

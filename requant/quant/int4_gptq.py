@@ -43,7 +43,8 @@ from requant.quant.codec import (
     require_choice,
     scale_dtype,
 )
-from requant.quant.packing import nibbles_to_float32, pack_nibbles, unpack_nibbles
+from requant.quant.cutting import relocate_groups
+from requant.quant.packing import centred_nibbles, pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -53,9 +54,6 @@ VERSIONS = {1: "gptq", 2: "gptq_v2"}
 ONES = 0x11111111
 
 _PARTS = {"qweight", "qzeros", "scales", "g_idx"}
-#: What the stored codes stand for, less their zero point; with the usual one subtracted already.
-_CODES = tuple(float(code) for code in range(16))
-_CENTRED = tuple(float(code - CENTRE) for code in range(16))
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Int4Gptq(Codec):
     tolerance = Tolerance(max_kl=0.1, min_sqnr_db=10.0)
     alphabet = "int4"
     packs = frozenset({"int4"})
+    relocated = ("g_idx",)
 
     def __post_init__(self) -> None:
         require_choice("group_size", self.group_size, GROUP_SIZES)
@@ -95,11 +94,11 @@ class Int4Gptq(Codec):
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes, zero points, scales, all transposed, and the group of each column."""
-        groups = -(-cols // self._size(cols))
+        groups, step = -(-cols // self._size(cols)), max(self.group_size, 0)
         return {
-            "qweight": TensorSpec("I32", (-(-cols // 8), rows), axis=1),
-            "qzeros": TensorSpec("I32", (groups, -(-rows // 8)), rows=8, axis=1),
-            "scales": TensorSpec(FLOAT_SCALES[self.scale], (groups, rows), axis=1),
+            "qweight": TensorSpec("I32", (-(-cols // 8), rows), axis=1, cols=8),
+            "qzeros": TensorSpec("I32", (groups, -(-rows // 8)), rows=8, axis=1, cols=step),
+            "scales": TensorSpec(FLOAT_SCALES[self.scale], (groups, rows), axis=1, cols=step),
             "g_idx": TensorSpec("I32", (cols,), rows=0),
         }
 
@@ -123,8 +122,9 @@ class Int4Gptq(Codec):
         index = self._groups(parts["g_idx"], len(parts["scales"]))
         regular = cols % self._size(cols) == 0 and self._is_regular(index)
         centred = bool((zero == CENTRE).all())
-        tile = nibbles_to_float32(parts["qweight"].T, _CENTRED if centred else _CODES)
-        tile = tile[:, :cols].contiguous()
+        tile = centred_nibbles(parts["qweight"].T)[:, :cols].contiguous()
+        if not centred:
+            tile.add_(CENTRE)
         return dequantize_(tile, scale, None if centred else zero, None if regular else index)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
@@ -200,6 +200,12 @@ class Int4Gptq(Codec):
         )
         check_specs(parts, codec.specs(rows, cols))
         return codec
+
+    def relocate(
+        self, part: str, stored: torch.Tensor, shape: tuple[int, int], shift: int
+    ) -> torch.Tensor:
+        """The same groups, counted from the first column's."""
+        return relocate_groups(part, stored, shape[1], self.group_size, shift)
 
     def config(self, kept: Sequence[str]) -> dict[str, Any]:
         """gptqmodel's quantization_config; `dynamic` names what stays in plain floats."""

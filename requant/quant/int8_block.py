@@ -58,7 +58,7 @@ class Int8Block(Codec):
         grid = (-(-rows // self.block_rows), -(-cols // self.block_cols))
         return {
             "weight": TensorSpec("I8", (rows, cols)),
-            "weight_scale_inv": TensorSpec("F32", grid, rows=self.block_rows),
+            "weight_scale_inv": TensorSpec("F32", grid, rows=self.block_rows, cols=self.block_cols),
         }
 
     def encode(
@@ -71,7 +71,8 @@ class Int8Block(Codec):
         codes = torch.empty(tile.shape, dtype=torch.int8, device=tile.device)
         strips = block_strips(tile, scale, self.block_rows, self.block_cols)
         for target, (strip, row_scale) in zip(codes.split(self.block_rows), strips, strict=True):
-            target.copy_(round_to_int8((strip / row_scale).clamp_(-INT8_MAX, INT8_MAX)))
+            quotient = (strip / row_scale).clamp_(-INT8_MAX, INT8_MAX)
+            target.copy_(round_to_int8(quotient).view(target.shape))
         return {"weight": codes, "weight_scale_inv": scale}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Int8Channel(Codec):
         """Codes and one scale a row."""
         return {
             "weight": TensorSpec("I8", (rows, cols)),
-            "weight_scale": TensorSpec(FLOAT_SCALES[self._scale], (rows, 1)),
+            "weight_scale": TensorSpec(FLOAT_SCALES[self._scale], (rows, 1), cols=0),
         }
 
     def encode(

@@ -22,6 +22,9 @@ from requant.quant.codec import FLOAT_SCALES, require_choice, require_finite, sc
 from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
+#: Beyond 2^23 float32 has no fractions: adding this rounds to nearest even, and leaves the integer
+#: in the low bits in two's complement.
+_ROUND = 1.5 * 2**23
 
 #: The ends of an asymmetric group are clipped alone as well as together.
 _CLIP_PAIRS = (
@@ -71,8 +74,17 @@ def quantize_symmetric(
     if method == "mse":
         candidates = ((cast_scale(amax * clip / half_range, dtype),) for clip in CLIPS)
         (scale,) = search(groups, candidates, restore)
-    torch.div(groups, scale.to(groups.dtype)[..., None], out=scratch)
-    return round_to_int8(scratch.clamp_(least, most)), scale
+    step = scale.to(groups.dtype)[..., None]
+    if arithmetic == "bf16":
+        torch.div(groups, step, out=scratch)
+        return round_to_int8(scratch.clamp_(least, most)), scale
+    # The quotient, rounded to float32 and then to an integer, in one pass. The clamp, to integers,
+    # may follow: 4-bit codes are bytes even where a clip and a coarse scale double the quotient.
+    torch.addcdiv(groups.new_full(groups.shape[-1:], _ROUND), groups, step, out=scratch)
+    if bits == 4:
+        return scratch.view(torch.int32).to(torch.int8).clamp_(least, most), scale
+    scratch.clamp_(least + _ROUND, most + _ROUND)
+    return scratch.view(torch.int32).to(torch.int8), scale
 
 
 def quantize_asymmetric(
@@ -128,9 +140,5 @@ def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_to_int8(values: torch.Tensor) -> torch.Tensor:
-    """Round to nearest even, from float in -128..127; float32 is overwritten.
-
-    Beyond 2^23 float32 has no fractions: adding 1.5 * 2^23 rounds, and leaves the integer in the
-    low byte in two's complement.
-    """
-    return values.to(torch.float32).add_(1.5 * 2**23).view(torch.int32).to(torch.int8)
+    """Round to nearest even, from float in -128..127; float32 is overwritten."""
+    return values.to(torch.float32).add_(_ROUND).view(torch.int32).to(torch.int8)

@@ -35,7 +35,7 @@ from requant.quant.codec import (
     require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
-from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, e2m1_to_float32, round_to_e2m1
+from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, round_to_e2m1
 from requant.quant.e4m3 import fine_grained_config
 from requant.quant.e8m0 import (
     RULES,
@@ -44,7 +44,7 @@ from requant.quant.e8m0 import (
     exponent_bytes,
     require_exponents,
 )
-from requant.quant.packing import pack_nibbles, unpack_nibbles
+from requant.quant.packing import e2m1_and_scale, pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS, search
 
 GROUP = 32
@@ -118,14 +118,14 @@ class Mxfp4(Codec):
         grid = (rows, cols // GROUP)
         match self.container:
             case "gpt-oss":
-                first, second = TensorSpec("U8", (*grid, GROUP // 2)), TensorSpec("U8", grid)
+                first, dtype = TensorSpec("U8", (*grid, GROUP // 2), cols=GROUP), "U8"
             case "deepseek-v4":
-                dtype = _CODE_DTYPES[self.codes]
-                width = cols if dtype == "F4" else cols // 2
-                first, second = TensorSpec(dtype, (rows, width)), TensorSpec("F8_E8M0", grid)
+                packed = 1 if self.codes == "f4" else 2
+                first = TensorSpec(_CODE_DTYPES[self.codes], (rows, cols // packed), cols=packed)
+                dtype = "F8_E8M0"
             case _:
-                first, second = TensorSpec("U8", (rows, cols // 2)), TensorSpec("U8", grid)
-        return {codes: first, exponents: second}
+                first, dtype = TensorSpec("U8", (rows, cols // 2), cols=2), "U8"
+        return {codes: first, exponents: TensorSpec(dtype, grid, cols=GROUP)}
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
         """Rows and 32 columns an exponent."""
@@ -149,9 +149,8 @@ class Mxfp4(Codec):
         """code * 2^(b - 127), exact in float32 below 2^128. Raises FormatError for the byte 255."""
         codes, exponents, _ = _CONTAINERS[self.container]
         require_exponents(parts[exponents])
-        tile = e2m1_to_float32(parts[codes].flatten(1))
-        groups = tile.view(len(tile), -1, GROUP)
-        groups.mul_(e8m0_to_float32(parts[exponents])[..., None])
+        tile, scale = e2m1_and_scale(parts[codes].flatten(1), e8m0_to_float32(parts[exponents]))
+        tile.view(len(tile), -1, GROUP).mul_(scale[..., None])
         return tile
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:

@@ -79,7 +79,7 @@ class Mxfp8(Codec):
         require_groups(self.name, cols, GROUP_SIZE, instead=("fp8-channel", "fp8-block"))
         return {
             "weight": TensorSpec("F8_E4M3", (rows, cols)),
-            self._scale_part: TensorSpec("U8", (rows, cols // GROUP_SIZE)),
+            self._scale_part: TensorSpec("U8", (rows, cols // GROUP_SIZE), cols=GROUP_SIZE),
         }
 
     def encode(

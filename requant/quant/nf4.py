@@ -100,6 +100,11 @@ class BitsAndBytes(Codec):
         """The JSON has the shape; the map must be the one that the kernels have built in."""
         return (self.state_part, "weight.quant_map")
 
+    @property
+    def relocated(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The JSON has the shape."""
+        return (self.state_part,)
+
     def row_alignment(self, cols: int) -> int:
         """Blocks run across rows: the fewest rows that hold whole (nested) blocks."""
         block = self.blocksize * (NESTED_BLOCK if self.double_quant else 1)
@@ -111,21 +116,22 @@ class BitsAndBytes(Codec):
         blocks = -(-count // self.blocksize)
         absmax_dtype = "U8" if self.double_quant else "F32"
         specs = {
-            "weight": TensorSpec("U8", (-(-count // 2), 1), rows=Fraction(2, cols)),
+            "weight": TensorSpec("U8", (-(-count // 2), 1), rows=Fraction(2, cols), cols=None),
             "weight.absmax": TensorSpec(
-                absmax_dtype, (blocks,), rows=Fraction(self.blocksize, cols)
+                absmax_dtype, (blocks,), rows=Fraction(self.blocksize, cols), cols=None
             ),
-            "weight.quant_map": TensorSpec("F32", (16,), rows=0),
+            "weight.quant_map": TensorSpec("F32", (16,), rows=0, cols=0),
         }
         if self.double_quant:
             specs["weight.nested_absmax"] = TensorSpec(
                 "F32",
                 (-(-blocks // NESTED_BLOCK),),
                 rows=Fraction(self.blocksize * NESTED_BLOCK, cols),
+                cols=None,
             )
-            specs["weight.nested_quant_map"] = TensorSpec("F32", (256,), rows=0)
+            specs["weight.nested_quant_map"] = TensorSpec("F32", (256,), rows=0, cols=0)
         size = len(self._state((rows, cols), _LONGEST_OFFSET))
-        specs[self.state_part] = TensorSpec("U8", (size,), rows=0)
+        specs[self.state_part] = TensorSpec("U8", (size,), rows=0, cols=0)
         return specs
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -257,6 +263,14 @@ class BitsAndBytes(Codec):
             dtype={v: k for k, v in DTYPES.items()}[state["dtype"]],
             stored_shape=tuple(state["shape"]),
         )
+
+    def relocate(
+        self, part: str, stored: torch.Tensor, shape: tuple[int, int], shift: int
+    ) -> torch.Tensor:
+        """The quant_state with the new shape and the mean of absmax that it had."""
+        offset = _read_state(bytes(stored.cpu().numpy())).get("nested_offset", 0.0)
+        state = bytearray(self._state(shape, offset))
+        return torch.frombuffer(state, dtype=torch.uint8).to(stored.device)
 
     def accepts(self, stored: Codec) -> bool:
         """The same codes and absmax; unless asked for, the dtype to decode to may differ."""

@@ -36,9 +36,14 @@ from requant.quant.codec import (
     require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
-from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, e2m1_to_float32, round_to_e2m1
+from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, round_to_e2m1
 from requant.quant.e4m3 import E4M3_MAX
-from requant.quant.packing import e4m3_to_float32, pack_nibbles, unpack_nibbles
+from requant.quant.packing import (
+    e2m1_and_scale,
+    e4m3_to_float32,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from requant.quant.search import METHODS, search
 
 GROUP = 16
@@ -71,6 +76,7 @@ class Nvfp4(Codec):
     alphabet = "e2m1"
     packs = frozenset[Alphabet](("e2m1",))
     two_pass = True
+    measures_amax = True
     shares_summary = True
 
     def __post_init__(self) -> None:
@@ -93,9 +99,9 @@ class Nvfp4(Codec):
         require_groups(self.name, cols, GROUP)
         codes, local, whole, _ = _CONTAINERS[self.container]
         return {
-            codes: TensorSpec("U8", (rows, cols // 2)),
-            local: TensorSpec("F8_E4M3", (rows, cols // GROUP)),
-            whole: TensorSpec("F32", () if self.container == "modelopt" else (1,), rows=0),
+            codes: TensorSpec("U8", (rows, cols // 2), cols=2),
+            local: TensorSpec("F8_E4M3", (rows, cols // GROUP), cols=GROUP),
+            whole: TensorSpec("F32", () if self.container == "modelopt" else (1,), rows=0, cols=0),
         }
 
     def shape(self, parts: Mapping[str, TensorSpec]) -> tuple[int, int]:
@@ -132,9 +138,9 @@ class Nvfp4(Codec):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """code * (local / global), or code * (local * scale_2): two roundings in float32."""
         codes, local, whole, _ = _CONTAINERS[self.container]
-        tile = e2m1_to_float32(parts[codes])
-        groups = tile.view(len(tile), -1, GROUP)
-        groups.mul_(self._scale(parts[local], self._checked(parts[whole]))[..., None])
+        scale = self._scale(parts[local], self._checked(parts[whole]))
+        tile, scale = e2m1_and_scale(parts[codes], scale)
+        tile.view(len(tile), -1, GROUP).mul_(scale[..., None])
         return tile
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:

@@ -57,6 +57,8 @@ class Plain(Codec):
     ) -> dict[str, torch.Tensor]:
         """Round to the dtype; a finite value beyond its range is refused, not made infinite."""
         encoded = tile.to(TORCH_DTYPES[self.dtype])
+        if bool(torch.isfinite(encoded.sum())):  # so are the terms; not always the other way round
+            return {"weight": encoded}
         low, high = torch.aminmax(tile)
         require_finite(torch.stack((low, high)))
         limit = torch.finfo(encoded.dtype).max
@@ -71,6 +73,15 @@ class Plain(Codec):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Widen to float32 (exact)."""
         return parts["weight"].to(torch.float32)
+
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """From the bits of 16-bit floats: without their sign they are in the order of the values,
+        NaN above all."""
+        weight = parts["weight"]
+        if weight.dtype == torch.float32:
+            return super().amax(parts, shape)
+        bits = (weight.view(torch.int16) & 0x7FFF).amax().reshape(1)
+        return bits.view(weight.dtype).to(torch.float32)
 
     def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """No codes to keep; raises FormatError unless every code times its scale is exact here."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from requant.errors import FormatError
-from requant.quant.blocks import finite_amax
+from requant.quant.blocks import block_range, block_strips, finite_amax
 from requant.quant.packing import e4m3_and_scale
 
 
@@ -35,6 +35,24 @@ def test_amax_refuses(n: int, dtype: torch.dtype, value: float, sign: float) -> 
         groups[2, 5, position] = bad
         with pytest.raises(FormatError, match="NaN or infinity"):
             finite_amax(groups)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 16), (20, 21)])
+def test_blocks(shape: tuple[int, int]) -> None:
+    """The range of each block, with 0; a scale for each, partial ones at the edges included."""
+    values = torch.randint(-99, 99, shape, generator=torch.Generator().manual_seed(0))
+    low, high = block_range(values, 4, 8)
+    spread = torch.empty(shape, dtype=torch.int64)
+    for row in range(low.shape[0]):
+        for col in range(low.shape[1]):
+            block = values[4 * row : 4 * row + 4, 8 * col : 8 * col + 8]
+            assert low[row, col] == min(0, int(block.min()))
+            assert high[row, col] == max(0, int(block.max()))
+            spread[4 * row : 4 * row + 4, 8 * col : 8 * col + 8] = low[row, col]
+    product = values.clone()
+    for strip, scale in block_strips(product, low, 4, 8):
+        strip.mul_(scale)
+    assert torch.equal(product, values * spread)
 
 
 @pytest.mark.parametrize("nan", [None, 0x7F, 0xFF])

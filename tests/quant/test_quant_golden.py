@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 
 from requant.quant import parse_format
 from requant.quant.codec import Codec, TensorSpec
+from requant.quant.e2m1 import E2M1_VALUES, e2m1_to_float32
 from requant.quant.fp8_block import Fp8Block
 from requant.quant.int4 import Int4
 from requant.quant.int8_channel import Int8Channel
 from requant.quant.packing import (
+    centred_nibbles,
+    e2m1_and_scale,
     e4m3_to_float32,
-    nibbles_to_float32,
     pack_nibbles,
     unpack_nibbles,
 )
@@ -100,11 +102,22 @@ def test_e4m3_table_is_torchs_cast(same: Any) -> None:
         assert same(e4m3_to_float32(tile), tile.to(torch.float32))
 
 
-def test_nibble_table_looks_up_low_first() -> None:
-    values = tuple(float(n * n) for n in range(16))
-    words = torch.tensor([[word(0xA86CA864), 0x0000B84F], [word(0xFFFFFFFF), 0]])
-    expected = [[values[code] for code in row] for row in unpack_nibbles(words.int(), 16).tolist()]
-    assert nibbles_to_float32(words.int(), values).tolist() == expected
+def test_centred_nibbles_come_low_first() -> None:
+    words = torch.tensor([[word(0xA86CA864), 0x0000B84F], [word(0xFFFFFFFF), 0]]).int()
+    expected = [[code - 8.0 for code in row] for row in unpack_nibbles(words, 16).tolist()]
+    assert centred_nibbles(words).tolist() == expected
+
+
+@pytest.mark.parametrize("power", [-149, -127, 0, 113, 114, 127])
+def test_scaled_e2m1(power: int, same: Any) -> None:
+    """Every byte times scales from the smallest to those that have no 2^14-fold in float32."""
+    packed = torch.arange(256, dtype=torch.uint8)[None]
+    codes = unpack_nibbles(packed.view(torch.int32), 512)
+    expected = torch.tensor(E2M1_VALUES)[codes.int()]
+    for scale in (2.0**power, -(2.0**power)):
+        values, moved = e2m1_and_scale(packed, torch.tensor(scale))
+        assert same(values * moved, expected * scale)
+    assert same(e2m1_to_float32(packed), expected)
 
 
 def test_int4_first_row_by_hand() -> None:

@@ -108,6 +108,32 @@ def test_decode_gives_float32_of_the_shape_and_leaves_the_parts(
     assert all(same(parts[name], before[name]) for name in parts)
 
 
+@small
+def test_amax_is_that_of_the_decoded_tile(codec: Codec, shape: Shape, weight: Any) -> None:
+    parts = codec.encode(weight(*shape), shape)
+    amax = codec.amax(parts, shape)
+    assert amax.dtype == torch.float32 and amax.shape == (1,)
+    assert amax == codec.decode(parts, shape).abs().max()
+    if codec.measures_amax:
+        tile = weight(*shape)
+        assert torch.equal(codec.measure(tile.abs().amax().reshape(1)), codec.measure(tile))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "fp8-block", "int8-channel", "int4"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_amax_of_a_damaged_part_is_not_finite(name: str, value: float, weight: Any) -> None:
+    """In the weight itself where its dtype has such a value, in a scale elsewhere."""
+    codec = parse_format(name)
+    parts = codec.encode(weight(130, 256), (130, 256))
+    for part, stored in parts.items():
+        if stored.dtype.is_floating_point and not (
+            stored.dtype == torch.float8_e4m3fn and value == value
+        ):
+            damaged = stored.clone()
+            damaged[-1, -1] = value
+            assert not codec.amax({**parts, part: damaged}, (130, 256)).isfinite().any()
+
+
 @pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize(("codec", "shape"), pairs(ALL, [(1, 1), (127, 129), (160, 256)]))
 def test_tiles_give_the_bytes_of_the_whole(
