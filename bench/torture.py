@@ -5,6 +5,9 @@ which gets SIGKILL, SIGTERM or SIGINT when a random number of bytes lies in OUT,
 of the last steps, or while it starts. The same command then continues, and is killed again. After
 every kill, whatever has its final name must be final, and nothing may be loadable that is not
 complete; at the end the folder must hold the bytes of an undisturbed run. Exits with 1 otherwise.
+
+With `--processes N` torchrun starts N processes at a time, and the signal goes to it or to one of
+them; what is left is continued by 1 to N.
 """
 
 from __future__ import annotations
@@ -51,11 +54,14 @@ POLL_SECONDS = 0.001
 #: A run is left in peace after so many kills.
 MOST_KILLS = 7
 CHILD_SECONDS = 300
+#: What was killed, and those who worked with it, end within so many.
+PATIENCE_SECONDS = 60
 
 
 @dataclass
 class Kill:
-    """One kill: the signal, the phase it hit, and the share of the weights' bytes that lay in OUT.
+    """One kill: the signal, the phase it hit, the share of the weights' bytes that lay in OUT, and
+    who got it: `process 0` and so on, or the `launcher`.
 
     `wrong` lists what should not be so.
     """
@@ -63,6 +69,7 @@ class Kill:
     signal: str
     phase: str
     share: float
+    victim: str
     wrong: list[str] = field(default_factory=list)
     loadable: bool = False
 
@@ -73,6 +80,7 @@ class Run:
 
     pair: str
     workers: int
+    processes: int
     kills: list[Kill] = field(default_factory=list)
     resumes: int = 0
     mismatches: list[str] = field(default_factory=list)
@@ -85,16 +93,18 @@ class Target:
     def __init__(self, source: Path, to: str, folder: Path) -> None:
         self.source, self.to = source, to
         out = folder / "whole"
-        done = subprocess.run(self.command(out, 2), cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(self.command(out, 2, 1), cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{source.name} -> {to}: {done.stderr}")
         self.hashes = hashes(out)
         self.weights = {n: (out / n).stat().st_size for n in self.hashes if is_weights(n)}
         shutil.rmtree(out)
 
-    def command(self, out: Path, workers: int) -> list[str]:
-        """The command that is repeated."""
-        return [sys.executable, "-m", "requant", "convert", str(self.source), str(out),
+    def command(self, out: Path, workers: int, processes: int) -> list[str]:
+        """The command that is repeated; several processes need a launcher."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                    str(processes)] if processes > 1 else []  # fmt: skip
+        return [sys.executable, *launcher, "-m", "requant", "convert", str(self.source), str(out),
                 "--to", self.to, "--workers", str(workers), "--json"]  # fmt: skip
 
 
@@ -104,7 +114,9 @@ def main() -> None:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=options.dir)).resolve()
     try:
-        runs = torture(folder, options.kills, options.seed, options.size_mb, options.lanes)
+        runs = torture(
+            folder, options.kills, options.seed, options.size_mb, options.lanes, options.processes
+        )
     finally:
         shutil.rmtree(folder)
     report = summary(runs, time.monotonic() - started)
@@ -122,12 +134,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of moments and signals (0)")
     parser.add_argument("--size-mb", type=float, default=150, help="size of the BF16 source (150)")
     parser.add_argument("--lanes", type=int, default=2, help="runs at a time (2)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of a run, at most (1)")
     parser.add_argument("--dir", type=Path, default=None, help="working folder (the temporary one)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser.parse_args()
 
 
-def torture(folder: Path, kills: int, seed: int, size_mb: float, lanes: int) -> list[Run]:
+def torture(
+    folder: Path, kills: int, seed: int, size_mb: float, lanes: int, processes: int
+) -> list[Run]:
     """Runs until there were `kills` kills; every lane has its own pairs and its own chance."""
     bf16 = make_source(folder / "bf16", size_mb)
     sources = {"bf16": bf16, "fp8-block": folder / "fp8-block"}
@@ -149,38 +164,38 @@ def torture(folder: Path, kills: int, seed: int, size_mb: float, lanes: int) -> 
             if pair not in targets:
                 stored, to = PAIRS[pair]
                 targets[pair] = Target(sources[stored], to, place)
-            runs.append(one_run(targets[pair], place / "out", chance, min(left, MOST_KILLS)))
+            most = min(left, MOST_KILLS)
+            runs.append(one_run(targets[pair], place / "out", chance, most, processes))
         return runs
 
     with ThreadPoolExecutor(lanes) as pool:
         return [run for runs in pool.map(lane, range(lanes)) for run in runs]
 
 
-def one_run(target: Target, out: Path, chance: random.Random, most: int) -> Run:
+def one_run(target: Target, out: Path, chance: random.Random, most: int, processes: int) -> Run:
     """Convert into `out`, kill up to `most` times, complete, compare, remove."""
-    run = Run(f"{target.source.name} -> {target.to}", chance.choice((1, 2, 3)))
+    run = Run(f"{target.source.name} -> {target.to}", chance.choice((1, 2, 3)), processes)
     shutil.rmtree(out, ignore_errors=True)
     done = False
     while not done and len(run.kills) < most:
+        count = chance.randint(1, processes) if run.kills else processes
+        victim = chance.randrange(count) if count > 1 and chance.random() < 0.7 else None
         sign = chance.choice(SIGNALS)
-        code, stderr, claimed = killed(
-            target.command(out, run.workers), out, sign, moment(target, out, chance)
-        )
-        if code == 0:  # it was faster
+        command = target.command(out, run.workers, count)
+        ended = killed(command, out, sign, moment(target, out, chance), victim)
+        if ended.code == 0:  # it was faster
             break
-        kill = Kill(sign.name, *standing(target, out, claimed))
+        name = "launcher" if victim is None and count > 1 else f"process {victim or 0}"
+        kill = Kill(sign.name, *standing(target, out, ended.claimed), name)
+        kill.wrong += misconduct(ended, sign, kill.phase, count)
         run.kills.append(kill)
-        dying_python = sign == signal.SIGINT and kill.phase == "start-up"  # has a status of its own
-        if code not in ENDS[sign] and not dying_python:
-            kill.wrong.append(f"{sign.name}: exit status {code}: {stderr[-500:]}")
-        if sign == signal.SIGINT and "Traceback" in stderr and kill.phase != "start-up":
-            kill.wrong.append(f"SIGINT: a traceback: {stderr[-500:]}")
         examine(target, out, kill)
         done = kill.phase == "finished"
     run.resumes = len(run.kills)
     last = subprocess.run(
-        target.command(out, run.workers), cwd=ROOT, capture_output=True, text=True
-    )
+        target.command(out, run.workers, chance.randint(1, processes)),
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     if last.returncode:
         run.wrong.append(f"cannot be completed: {last.stderr[-500:]}")
     found = hashes(out) if out.is_dir() else {}
@@ -211,7 +226,7 @@ def moment(target: Target, out: Path, chance: random.Random) -> Callable[[bool],
     if what < 0.08:  # while Python starts, or a little after the folder is claimed
         seconds = chance.uniform(0.1, 4)
         return lambda claimed: after(True, seconds)
-    if what < 0.2:  # side files, index, config, check, manifest
+    if what < 0.25:  # side files, index, config, check, manifest
         seconds = chance.uniform(0, 0.04)
         return lambda claimed: after(
             claimed and all((out / name).exists() for name in target.weights), seconds
@@ -221,33 +236,100 @@ def moment(target: Target, out: Path, chance: random.Random) -> Callable[[bool],
     return lambda claimed: after(claimed and weight_bytes(out) > threshold, pause)
 
 
-def killed(
-    command: Sequence[str], out: Path, sign: signal.Signals, is_due: Callable[[bool], bool]
-) -> tuple[int, str, bool]:
-    """Start a child and send it the signal when it is due.
+@dataclass
+class Ended:
+    """How a child ended: its exit status (0: it was faster), what it said, whether it had claimed
+    OUT, and the processes it had started that did not end with it."""
 
-    Returns its exit status (0: it was faster), what it said, and whether it had claimed OUT.
-    """
+    code: int
+    stderr: str
+    claimed: bool
+    left: list[int]
+
+
+def killed(
+    command: Sequence[str],
+    out: Path,
+    sign: signal.Signals,
+    is_due: Callable[[bool], bool],
+    victim: int | None,
+) -> Ended:
+    """Start a child and send the signal when it is due: to it, or to that of its processes."""
     claimed = False
+    started_by: dict[int, int] = {}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors) as process,
     ):
         started = time.monotonic()
         while process.poll() is None and not is_due(claimed):
-            claimed = claimed or has_open(process.pid, out / JOURNAL)
+            if "torch.distributed.run" in command:
+                started_by |= processes_of(process.pid)
+            first = started_by.get(0, process.pid)
+            claimed = claimed or has_open(first, out / JOURNAL)
             if time.monotonic() - started > CHILD_SECONDS:
                 process.kill()
                 raise SystemExit(f"{' '.join(command)}: no end after {CHILD_SECONDS} s")
             time.sleep(POLL_SECONDS)
-        process.send_signal(sign)  # nothing when it has ended
         try:
-            code = process.wait(timeout=60)
+            if process.poll() is None:
+                os.kill(started_by.get(victim, process.pid), sign)  # type: ignore[arg-type]
+        except ProcessLookupError:  # it has just ended
+            pass
+        try:
+            code = process.wait(timeout=PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             code = 999
         errors.seek(0)
-        return code, errors.read(), claimed
+        return Ended(code, errors.read(), claimed, outlived(list(started_by.values())))
+
+
+def processes_of(launcher: int) -> dict[int, int]:
+    """The processes that a launcher has started: rank -> pid. Needs Linux."""
+    found: dict[int, int] = {}
+    try:
+        for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if variable.startswith(b"RANK="):
+                    found[int(variable[5:])] = int(pid)
+    except OSError:  # one of them has gone
+        pass
+    return found
+
+
+def outlived(pids: Sequence[int]) -> list[int]:
+    """Those of the processes that do not end by themselves in good time; they are killed."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return left
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists, and is not only waiting for somebody to notice its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def misconduct(ended: Ended, sign: signal.Signals, phase: str, count: int) -> list[str]:
+    """What a command that is killed may not do."""
+    wrong = []
+    said = f"{sign.name}, exit status {ended.code}: {ended.stderr[-500:]}"
+    dying_python = sign == signal.SIGINT and phase == "start-up"  # has a status of its own
+    if count == 1 and ended.code not in ENDS[sign] and not dying_python:
+        wrong.append(f"wrong exit status: {said}")
+    if count == 1 and sign == signal.SIGINT and "Traceback" in ended.stderr and not dying_python:
+        wrong.append(f"a traceback: {said}")
+    if ended.code == 999 or ended.left:
+        wrong.append(f"{len(ended.left)} processes run on after {PATIENCE_SECONDS} s: {said}")
+    if "this is a bug in requant" in ended.stderr:
+        wrong.append(f"a bug: {said}")
+    return wrong
 
 
 def has_open(pid: int, path: Path) -> bool:
@@ -309,6 +391,7 @@ def summary(runs: Sequence[Run], seconds: float) -> dict[str, Any]:
         "pairs": dict(Counter(run.pair for run in runs)),
         "kills": len(kills),
         "by_signal": dict(Counter(kill.signal for kill in kills)),
+        "by_victim": dict(Counter(kill.victim for kill in kills)),
         "by_phase": dict(Counter(kill.phase for kill in kills)),
         "writing_by_quarter": [writing[quarter] for quarter in range(4)],
         "resumes": sum(run.resumes for run in runs),

@@ -28,7 +28,7 @@ MAX_WORKERS = 16
 MIN_WINDOWS, MAX_WINDOWS = 4, 32
 #: Bytes of temporaries, at most, for every element of the tile that a worker computes on, and of
 #: the pieces that wait to be written for every element of them.
-TILE_BYTES, PIECE_BYTES = 24, 4
+TILE_BYTES, PIECE_BYTES = 40, 4
 
 
 def runtime(

@@ -18,6 +18,8 @@ from requant.errors import CheckpointError, RequantError, ToldError
 #: How long processes wait for each other: the last file of another may take hours. One that died
 #: is noticed at once, by its closed connection.
 PATIENCE = timedelta(days=30)
+#: How long the first ones wait for the last to join.
+JOINING = timedelta(minutes=20)
 #: Seconds between two looks at the others' progress while waiting for them.
 LOOK_SECONDS = 0.1
 
@@ -61,7 +63,7 @@ class Processes(Team):
 
         self._dist = dist
         try:
-            store, self.rank, self.size = next(rendezvous("env://", timeout=PATIENCE))
+            store, self.rank, self.size = next(rendezvous("env://", timeout=JOINING))
             group = dist.PrefixStore("requant-gloo", store)  # type: ignore[attr-defined]
             dist.init_process_group(
                 "gloo", store=group, rank=self.rank, world_size=self.size, timeout=PATIENCE

@@ -31,6 +31,19 @@ def test_killed_eight_times_at_random_moments(tmp_path: Path) -> None:
     assert len(report["by_signal"]) >= 2 and report["resumes"] == 8
 
 
+@pytest.mark.slow
+def test_two_processes_or_their_launcher_killed_at_a_random_moment(tmp_path: Path) -> None:
+    command = ["bench/torture.py", "--kills", "1", "--seed", "5", "--size-mb", "30", "--processes",
+               "2", "--lanes", "1", "--json", "--dir", str(tmp_path)]  # fmt: skip
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    report = json.loads(done.stdout)
+    assert report["wrong"] == [] and report["ok"] and done.returncode == 0
+    assert report["mismatches"] == report["loadable_intermediates"] == 0
+    assert report["kills"] == sum(report["by_victim"].values()) == 1
+    assert report["details"][0]["processes"] == 2
+
+
 @pytest.fixture
 def torture(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "bench")
@@ -72,7 +85,7 @@ def test_the_harness_sees_what_may_not_lie_there(
     target = SimpleNamespace(hashes=hashes, weights={FILE: hashes[FILE]})
     spoil, loadable, message = SPOILT[case]
     spoil(tmp_path)
-    kill = torture.Kill("SIGKILL", "writing", 0.5)
+    kill = torture.Kill("SIGKILL", "writing", 0.5, "process 0")
     torture.examine(target, tmp_path, kill)
     assert kill.loadable is loadable
     assert any(message in text for text in kill.wrong) if message else kill.wrong == []
