@@ -161,6 +161,11 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     return language_config(config).get(key)
 
 
+def in_tower(name: str) -> bool:
+    """Whether a tensor lies in a part of a multimodal model that is not the language model."""
+    return not _TOWERS.isdisjoint(TensorName.parse(name).module.split("."))
+
+
 def is_index(component: str) -> bool:
     """Whether a component is a number that a layer or expert can have."""
     return component.isascii() and component.isdecimal() and len(component) < 10
