@@ -8,6 +8,7 @@ model but the plan (its tensors' names) and, for formats that are written along 
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from requant.convert import steps, writer
 from requant.convert.plan import Plan
 from requant.convert.processes import Team, local_processes
-from requant.convert.readahead import UNHASHED, WINDOW_BYTES, WINDOWS
+from requant.convert.readahead import UNHASHED, WINDOW_BYTES, WINDOWS, windows_of
 from requant.convert.run import Runtime
 from requant.errors import RequantError
 from requant.memory import peak_bytes
@@ -58,8 +59,11 @@ def runtime(
 
 def needed_bytes(plan: Plan, workers: int, windows: int) -> int:
     """Memory of this process while it converts, in bytes, at most."""
-    reading = (windows + UNHASHED + 1) * WINDOW_BYTES
-    writing = (writer.WINDOWS + 1) * writer.WINDOW_BYTES
+    files = max(len(stage.sources) for group in plan.groups for stage in group.stages)
+    count, nbytes = windows_of(files, windows)
+    reading = max(files, 1) * (count + UNHASHED + 1) * nbytes
+    together = max(len(group.files) for group in plan.groups)
+    writing = writer.WINDOW_BYTES + together * math.prod(writer.windows_of(together))
     tile = piece = held = 0
     for weight in plan.weights:
         if weight.codec is None:

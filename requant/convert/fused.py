@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from requant.convert.header import Location
 from requant.convert.names import setting
 from requant.errors import CheckpointError
 from requant.quant.codec import DTYPE_BITS, TensorSpec
+from requant.quant.cutting import Patch
 
 _FUSED = re.compile(
     r"(?P<experts>.*\bexperts)\.(?P<leaf>gate_up_proj|down_proj)"
@@ -44,13 +47,28 @@ class StoredPart:
 
     `strides` is None for a tensor that lies in one piece. Of a view of a fused tensor it holds the
     bytes from one row to the next and, where rows do not lie in one piece either, from one element
-    of a row to the next (else None).
+    of a row to the next (else None). `pieces` are those of a tensor that was cut for several ranks;
+    its `location` then is that of the first.
     """
 
     name: str
     spec: TensorSpec
     location: Location
     strides: tuple[int, int | None] | None = None
+    pieces: tuple[StoredPiece, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """One of the pieces that a stored tensor is joined from.
+
+    `patch`: where its bytes lie in the tensor's; None for one that every rank has as a whole.
+    `moved` makes of its bytes what the whole tensor has of them, where they differ.
+    """
+
+    location: Location
+    patch: Patch | None
+    moved: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def split_experts(

@@ -40,6 +40,12 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, Location]]:
 
     Raises CheckpointError for a file that is truncated, too long, or contradicts itself.
     """
+    header, size = raw_header(path)
+    return parse_header(header, size, path)
+
+
+def raw_header(path: Path) -> tuple[bytes, int]:
+    """The first bytes of a safetensors file, up to its data, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -50,9 +56,17 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, Location]]:
                     f"{path}: header of {length} bytes in a file of {size} bytes; "
                     "not a safetensors file, or truncated: download it again"
                 )
-            raw = file.read(length)
+            return prefix + file.read(length), size
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; cannot read it") from error
+
+
+def parse_header(
+    header: bytes, size: int | None, path: Path
+) -> dict[str, tuple[TensorSpec, Location]]:
+    """What `read_header` gives, from the first bytes of a file of `size` bytes; None: as many as
+    the header says. Raises CheckpointError for a header that contradicts itself."""
+    raw, length = header[8:], len(header) - 8
     try:
         # Decoded here: json.loads would also take UTF-16 and a byte order mark.
         entries = json.loads(
@@ -83,7 +97,7 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, Location]]:
                 "tensors overlap or leave a hole"
             )
         expected = where.end
-    if expected != size:
+    if size is not None and expected != size:
         raise CheckpointError(
             f"{path}: the header describes {expected} bytes, the file has {size}; "
             f"{'truncated: download it again' if size < expected else 'it has bytes to spare'}"

@@ -23,6 +23,8 @@ from requant.errors import CheckpointError
 JOURNAL_NAME = ".requant-journal.jsonl"
 PART_NAME = ".requant-journal-{}.jsonl"
 MANIFEST_NAME = "requant.json"
+#: Says of a checkpoint that was cut into ranks what each holds.
+RANKS_NAME = "ranks.json"
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,21 @@ class Digest:
 
 @dataclass(frozen=True)
 class Finished:
-    """A complete file, and the source's file of the same name as it was read."""
+    """A complete file, and the source's files that were read for it from front to back."""
 
     written: Digest
-    read: Digest
+    read: dict[str, Digest]
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """How far a group of files has come: the `stage` that is next, the bytes of each file that are
+    on disk, what is to come at its end already (by tensor, base64), and what was read."""
+
+    stage: int
+    positions: dict[str, int]
+    late: dict[str, dict[str, str]]
+    read: dict[str, Digest]
 
 
 class Journal:
@@ -62,8 +75,10 @@ class Journal:
             )
         # Unbuffered: a line that a full disk refused must not be tried again on close.
         self._file = self.path.open("a+b", buffering=0)
+        self.finished: dict[str, Finished] = {}
+        self.halfway: dict[str, Halfway] = {}
         try:
-            self.finished = self._claim()
+            self._claim()
         except BaseException:
             self.close()
             raise
@@ -79,6 +94,11 @@ class Journal:
         self._append({"file": file, **asdict(facts)})
         self.finished[file] = facts
 
+    def reach(self, group: str, halfway: Halfway) -> None:
+        """Record how far a group of files, named after its first one, has come."""
+        self._append({"group": group, **asdict(halfway)})
+        self.halfway[group] = halfway
+
     def absorb(self) -> None:
         """Take over what other processes have finished, in this run or an earlier one. Raises
         CheckpointError when one of them is still at work."""
@@ -86,6 +106,8 @@ class Journal:
             with Journal(self.out, self.key, int(path.stem.rpartition("-")[2])) as part:
                 for file, facts in part.finished.items():
                     self.finish(file, facts)
+                for group, halfway in part.halfway.items():
+                    self.reach(group, halfway)
                 path.unlink()
 
     def remove(self) -> None:
@@ -97,19 +119,17 @@ class Journal:
         """Release the folder."""
         self._file.close()
 
-    def _claim(self) -> dict[str, Finished]:
-        """Lock the folder; what is finished in it."""
+    def _claim(self) -> None:
+        """Lock the folder; find out what is finished in it."""
         _lock(self._file, self.out)
         if os.fstat(self._file.fileno()).st_nlink == 0:
             raise CheckpointError(f"{self.out}: another requant has just finished it")
         try:
             events = self._read()
-            finished = {
-                str(event["file"]): Finished(Digest(**event["written"]), Digest(**event["read"]))
-                for event in events[1:]
-            }
             found = events[0]["key"] if events else self.key
-        except (ValueError, KeyError, TypeError) as error:
+            for event in events[1:]:
+                self._take(event)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path}: damaged ({error}); remove {self.out}") from error
         if found != self.key:
             raise CheckpointError(
@@ -118,7 +138,14 @@ class Journal:
             )
         if not events:
             self._append({"key": self.key})
-        return finished
+
+    def _take(self, event: dict[str, Any]) -> None:
+        read = {name: Digest(**facts) for name, facts in event.pop("read").items()}
+        group = event.pop("group", None)
+        if group is not None:
+            self.halfway[str(group)] = Halfway(**event, read=read)
+        else:
+            self.finished[str(event["file"])] = Finished(Digest(**event["written"]), read)
 
     def _read(self) -> list[dict[str, Any]]:
         """All whole lines; a last line that a crash cut short does not count."""

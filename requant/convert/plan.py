@@ -10,22 +10,28 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
+
+import torch
 
 import requant
 from requant.convert.containers import choose_codecs, expert_dtype, quantization_config
 from requant.convert.engines import engine_notes
+from requant.convert.folder import INDEX_NAME, SINGLE_NAME
 from requant.convert.header import layout
 from requant.convert.lossless import keeps_values
 from requant.convert.names import setting
 from requant.convert.recipe import Recipe
-from requant.convert.source import SINGLE_NAME, Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint, StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec, format_name
+from requant.quant.codec import TORCH_DTYPES
 from requant.quant.compressed_tensors import QUANT_METHOD
+from requant.quant.cutting import PartCut
 from requant.quant.plain import Plain
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
@@ -70,6 +76,47 @@ class PlannedWeight:
 
 
 @dataclass(frozen=True)
+class PlannedPiece:
+    """What one output file holds of a weight, and the names of its parts there.
+
+    `cuts` say which bytes of each part; None: all of it, as every part that they do not name. Then
+    `shape` is that of the piece, and `shift` what `Codec.relocate` adds to the number of a column.
+    `in_place`: the file's header was not laid out here, and has its one part next, whatever size.
+    """
+
+    weight: PlannedWeight
+    names: Mapping[str, str]
+    cuts: Mapping[str, PartCut] | None = None
+    shape: tuple[int, int] = (0, 0)
+    shift: int = 0
+    in_place: bool = False
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the file, by part."""
+        if self.cuts is None:
+            return self.weight.specs
+        return {p: self.cuts[p].spec if p in self.cuts else s for p, s in self.weight.specs.items()}
+
+    @property
+    def streamed(self) -> str | None:
+        """The part that can be written as it is made; see `PlannedWeight.streamed`."""
+        if self.in_place:
+            return next(iter(self.specs))
+        part = self.weight.streamed
+        return part if part is not None and self.specs[part].nbytes % 8 == 0 else None
+
+    def relocate(self, part: str, stored: torch.Tensor) -> torch.Tensor:
+        """A part whose content depends on the shape, for the piece, from its bytes, uint8."""
+        codec = self.weight.written_codec
+        assert codec is not None and self.cuts is not None
+        specs = self.weight.specs if self.cuts[part].patch is None else self.specs
+        spec = specs[part]
+        tensor = stored.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+        return codec.relocate(part, tensor, self.shape, self.shift)
+
+
+@dataclass(frozen=True)
 class PlannedFile:
     """One output file: its first bytes, its size, and each tensor's absolute byte range."""
 
@@ -77,23 +124,55 @@ class PlannedFile:
     header: bytes
     nbytes: int
     ranges: Mapping[str, tuple[int, int]]
+    pieces: tuple[PlannedPiece, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that are read together, in the order of the bytes of the files named in `sources`."""
+
+    sources: tuple[str, ...]
     weights: tuple[PlannedWeight, ...]
 
 
 @dataclass(frozen=True)
+class PlannedGroup:
+    """Files that are written in one go, stage after stage, and finished together."""
+
+    stages: tuple[Stage, ...]
+    files: tuple[PlannedFile, ...]
+
+    @property
+    def weights(self) -> list[PlannedWeight]:
+        """Every weight that goes into one of the files, in order."""
+        return [weight for stage in self.stages for weight in stage.weights]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All that `convert` would do."""
+    """All that `convert` would do.
+
+    `documents`: JSON files, beside `config`, by name. `reads_back`: the weights that the output
+    then has, and the codec of each. `ranks`: how it is spread over several, if it is.
+    """
 
     source: Checkpoint
     recipe: Recipe
-    files: tuple[PlannedFile, ...]
+    groups: tuple[PlannedGroup, ...]
     config: Mapping[str, Any]
-    index: Mapping[str, Any] | None
+    documents: Mapping[str, Mapping[str, Any]]
+    reads_back: Mapping[str, Codec | None]
+    ranks: Mapping[str, Any] | None = None
+
+    @property
+    def files(self) -> list[PlannedFile]:
+        """Every file that is written."""
+        return [file for group in self.groups for file in group.files]
 
     @property
     def weights(self) -> list[PlannedWeight]:
         """Every weight, in file order."""
-        return [weight for file in self.files for weight in file.weights]
+        return [weight for group in self.groups for weight in group.weights]
 
     @property
     def read_bytes(self) -> int:
@@ -114,8 +193,9 @@ class Plan:
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
             digest.update(file.name.encode() + file.header)
-            for weight in file.weights:
-                identity = weight.source.name, weight.codec, weight.repack
+            for piece in file.pieces:
+                weight = piece.weight
+                identity = weight.source.name, weight.codec, weight.repack, piece.cuts
                 digest.update(repr(identity).encode())
         return digest.hexdigest()
 
@@ -157,6 +237,7 @@ class Plan:
                 for w in self.weights
                 if w.source.kind == "other" and not _is_eh_proj(w.source)
             ),
+            **({} if self.ranks is None else {"ranks": self.ranks}),
         }
 
 
@@ -175,14 +256,19 @@ def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False
     for name, weight in source.weights.items():
         try:
             planned = _plan_weight(source, weight, chosen[name], sets)
-            by_file.setdefault(weight.file, []).append(planned)
+            by_file.setdefault(PurePosixPath(weight.file).name, []).append(planned)
         except FormatError as error:
             refused.append(error)
     if refused:
         more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
         raise FormatError(f"{refused[0]}{more}")
-    files = tuple(_plan_file(name, by_file[name]) for name in sorted(by_file))
-    plan = Plan(source, recipe, files, _config(source, recipe, chosen), _index(files))
+    groups = tuple(_plan_group(name, by_file[name], source.files) for name in sorted(by_file))
+    config = _config(source, recipe, chosen)
+    files = [file for group in groups for file in group.files]
+    one = [file.name for file in files] == [SINGLE_NAME]
+    documents = {} if one else {INDEX_NAME: index_of(files)}
+    reads_back = {w.source.name: w.written_codec for group in groups for w in group.weights}
+    plan = Plan(source, recipe, groups, config, documents, reads_back)
     if require_lossless:
         _require_lossless(plan)
     return plan
@@ -255,19 +341,26 @@ def _require_lossless(plan: Plan) -> None:
         )
 
 
-def _plan_file(name: str, weights: list[PlannedWeight]) -> PlannedFile:
-    """Lay a file out in the order of the source's, so that both are read and written in one go."""
+def _plan_group(name: str, weights: list[PlannedWeight], files: Sequence[str]) -> PlannedGroup:
+    """The file of this name, in the order of the source's (of ranks: those in every folder), so
+    that all are read and written in one go."""
+    sources = tuple(file for file in files if PurePosixPath(file).name == name)
     weights = sorted(weights, key=lambda weight: weight.source.codes.location.begin)
-    header, ranges = layout({w.stored_name(p): s for w in weights for p, s in w.specs.items()})
+    pieces = [PlannedPiece(w, {part: w.stored_name(part) for part in w.specs}) for w in weights]
+    return PlannedGroup((Stage(sources, tuple(weights)),), (plan_file(name, pieces),))
+
+
+def plan_file(name: str, pieces: Sequence[PlannedPiece]) -> PlannedFile:
+    """Lay out a file that holds these pieces in this order."""
+    header, ranges = layout({p.names[part]: s for p in pieces for part, s in p.specs.items()})
     nbytes = max((end for _, end in ranges.values()), default=len(header))
-    return PlannedFile(name, header, nbytes, ranges, tuple(weights))
+    return PlannedFile(name, header, nbytes, ranges, tuple(pieces))
 
 
-def _index(files: tuple[PlannedFile, ...]) -> dict[str, Any] | None:
-    if [file.name for file in files] == [SINGLE_NAME]:
-        return None
-    total = sum(spec.nbytes for f in files for w in f.weights for spec in w.specs.values())
-    places = {w.stored_name(p): f.name for f in files for w in f.weights for p in w.specs}
+def index_of(files: Sequence[PlannedFile]) -> dict[str, Any]:
+    """The index of a folder that holds these files."""
+    total = sum(s.nbytes for file in files for p in file.pieces for s in p.specs.values())
+    places = {name: PurePosixPath(file.name).name for file in files for name in file.ranges}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 

@@ -41,6 +41,15 @@ class Team:
         """Let process 0 do something; what it gave, or its error, in every process."""
         return work()
 
+    def each(self, work: Callable[[], T]) -> T:
+        """Let each process do something of its own; what it gave, or the first error of any, in
+        every process."""
+        return work()
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in order, in every process."""
+        return [value]
+
     def share(self, count: int) -> Iterator[int]:
         """The numbers below `count`, each in one process only, whichever asks first."""
         yield from range(count)
@@ -87,7 +96,7 @@ class Processes(Team):
                 answer[0] = work()
             except RequantError as error:
                 failed, answer[1] = error, str(error)
-        with _noticing():
+        with noticing():
             self._dist.broadcast_object_list(answer, src=0)
         if failed is not None:
             raise failed
@@ -96,6 +105,23 @@ class Processes(Team):
         result: T = answer[0]
         return result
 
+    def each(self, work: Callable[[], T]) -> T:
+        failed: RequantError | None = None
+        try:
+            result = work()
+        except RequantError as error:
+            failed = error
+        told = next(filter(None, self.gather(failed and str(failed))), None)
+        if told is not None:
+            raise (CheckpointError(told) if self.leads else ToldError(told)) from failed
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        with noticing():
+            self._dist.all_gather_object(values, value)
+        return values
+
     def share(self, count: int) -> Iterator[int]:
         self._shares += 1
         key = f"share-{self._shares}"
@@ -103,17 +129,17 @@ class Processes(Team):
             yield number
 
     def _next(self, key: str) -> int:
-        with _noticing():
+        with noticing():
             return int(self._store.add(key, 1)) - 1
 
     def done(self, nbytes: int) -> int:
-        with _noticing():
+        with noticing():
             total = int(self._store.add("bytes", nbytes))
         news, self._seen = total - self._seen, total
         return news if self.leads else 0
 
     def meet(self, meanwhile: Callable[[int], None]) -> None:
-        with _noticing():
+        with noticing():
             work = self._dist.barrier(async_op=True)
             while not work.is_completed():
                 time.sleep(LOOK_SECONDS)
@@ -155,7 +181,7 @@ def _number(variable: str, default: int) -> int:
 
 
 @contextlib.contextmanager
-def _noticing() -> Iterator[None]:
+def noticing() -> Iterator[None]:
     """Translate a lost connection."""
     try:
         yield

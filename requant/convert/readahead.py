@@ -23,8 +23,22 @@ from requant.convert.journal import Digest
 WINDOW_BYTES = 8 << 20
 #: How many of them are held, unless told.
 WINDOWS = 12
+#: How many each of several files has, and the least size of them.
+SHARED_WINDOWS = 16
+LEAST_BYTES = 1 << 18
+PAGE = 4096
 #: Windows that may wait for their hash.
 UNHASHED = 4
+
+
+def windows_of(files: int, windows: int) -> tuple[int, int]:
+    """How many windows each of so many files has that are read together, and their size in bytes:
+    in all about as much as `windows` of one file."""
+    if files <= 1:
+        return windows, WINDOW_BYTES
+    budget = (windows + UNHASHED + 1) * WINDOW_BYTES
+    size = budget // (files * (SHARED_WINDOWS + UNHASHED + 1)) // PAGE * PAGE
+    return SHARED_WINDOWS, max(size, LEAST_BYTES)
 
 
 class Buffers:
@@ -49,13 +63,14 @@ class Buffers:
 class ReadAhead:
     """The windows of one file, read in order by a thread of its own.
 
-    `read(begin, end)` gives bytes of the file as uint8; at most `windows` of WINDOW_BYTES are held,
+    `read(begin, end)` gives bytes of the file as uint8; at most `windows` of `size` bytes are held,
     half of them ahead of what was asked for last.
     """
 
-    def __init__(self, nbytes: int, read: Callable[[int, int], torch.Tensor], windows: int) -> None:
-        self._nbytes, self._read, self._windows = nbytes, read, max(windows, 2)
-        self._size = WINDOW_BYTES
+    def __init__(
+        self, nbytes: int, read: Callable[[int, int], torch.Tensor], windows: int, size: int
+    ) -> None:
+        self._nbytes, self._read, self._windows, self._size = nbytes, read, max(windows, 2), size
         self._count = -(-nbytes // self._size)
         self._held: dict[int, torch.Tensor] = {}  # consecutive, up to but without self._next
         self._next = 0

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from requant.convert.fused import StoredPart
+from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.header import DATA_ALIGNMENT, read_exactly
-from requant.convert.readahead import WINDOW_BYTES, Buffers, ReadAhead
+from requant.convert.readahead import Buffers, ReadAhead
 from requant.errors import CheckpointError, FormatError
 from requant.quant.codec import TORCH_DTYPES
+from requant.quant.cutting import Patch
 
 #: While a file is read ahead, other reads of at least this size go past the page cache, too.
 DIRECT_BYTES = 1 << 20
@@ -33,7 +34,7 @@ class Files:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ahead: dict[str, ReadAhead] = {}
-        self._buffers = Buffers(WINDOW_BYTES)
+        self._buffers: dict[int, Buffers] = {}
         self._open: dict[tuple[str, bool], int] = {}
         self._lock = threading.Lock()
 
@@ -57,17 +58,63 @@ class Files:
             lines = torch.stack(gaps) if gaps else torch.empty(0, 0, dtype=torch.uint8)
             picked = lines.as_strided((len(gaps), rows, itemsize), (span, step, 1))
             return picked.contiguous().view(dtype).reshape(len(gaps), rows).t().contiguous()
-        begin = location.begin + row * step + column * itemsize
+        begin = row * step + column * itemsize
         if line == step or rows == 1 or not rows:
-            return self._span(location.file, begin, rows * line).view(dtype).reshape(shape)
-        if column == 0 and line * 4 >= step:  # rows with small gaps: read over them
-            raw = self._span(location.file, begin, (rows - 1) * step + line)
+            return self.read_part(part, begin, begin + rows * line).view(dtype).reshape(shape)
+        if (column == 0 and line * 4 >= step) or part.pieces:  # small gaps: read over them
+            raw = self.read_part(part, begin, begin + (rows - 1) * step + line)
             picked = raw.as_strided((rows, line), (step, 1)).contiguous()
         else:
-            picked = torch.stack(
-                [self._span(location.file, begin + r * step, line) for r in range(rows)]
-            )
+            starts = range(begin, begin + rows * step, step)
+            picked = torch.stack([self.read_part(part, at, at + line) for at in starts])
         return picked.view(dtype).reshape(shape)
+
+    def read_part(self, part: StoredPart, begin: int, end: int) -> torch.Tensor:
+        """Bytes begin:end of a stored tensor as uint8, wherever its pieces lie."""
+        if not part.pieces:
+            place = part.location
+            return self.read_bytes(place.file, place.begin + begin, place.begin + end)
+        patch = part.pieces[0].patch
+        if patch is None:
+            return self._agreed(part)[begin:end]
+        first, last = begin // patch.pitch, -(-end // patch.pitch)
+        lines = torch.empty(last - first, patch.pitch, dtype=torch.uint8)
+        seen: set[Patch] = set()
+        for piece in part.pieces:
+            assert piece.patch is not None
+            (top, bottom), (left, right) = piece.patch.lines, piece.patch.span
+            a, z, width = max(first, top), min(last, bottom), right - left
+            if a < z:
+                data = self._piece(piece, (a - top) * width, (z - top) * width).view(z - a, width)
+                target = lines[a - first : z - first, left:right]
+                if piece.patch in seen and not torch.equal(target, data):
+                    raise CheckpointError(
+                        f"{self._path / piece.location.file}: {part.name} differs from the same "
+                        "piece on another rank; one is damaged"
+                    )
+                target.copy_(data)
+                seen.add(piece.patch)
+        return lines.flatten()[begin - first * patch.pitch : end - first * patch.pitch]
+
+    def _agreed(self, part: StoredPart) -> torch.Tensor:
+        """All bytes of a tensor that every rank has. Raises CheckpointError when one differs."""
+        found, *others = (self._piece(piece) for piece in part.pieces)
+        for piece, other in zip(part.pieces[1:], others, strict=True):
+            if not torch.equal(found, other):
+                raise CheckpointError(
+                    f"{self._path / piece.location.file}: {part.name} differs from the one in "
+                    f"{part.pieces[0].location.file}, and all ranks have it alike; one is damaged"
+                )
+        return found
+
+    def _piece(self, piece: StoredPiece, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Bytes begin:end of a piece, as the whole tensor has them."""
+        place = piece.location
+        size = place.end - place.begin
+        if piece.moved is not None:
+            return piece.moved(self.read_bytes(place.file, place.begin, place.end))[begin:end]
+        stop = size if end is None else end
+        return self.read_bytes(place.file, place.begin + begin, place.begin + stop)
 
     def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a file as uint8."""
@@ -104,11 +151,11 @@ class Files:
         return self.read_bytes(file, begin, begin + count)
 
     @contextlib.contextmanager
-    def reading(self, file: str, nbytes: int, windows: int) -> Iterator[ReadAhead]:
-        """While inside, a file of this size is read ahead, and large reads of any leave the page
-        cache alone, where the file system lets them."""
-        read = partial(self._read_direct, file, buffers=self._buffers)
-        ahead = ReadAhead(nbytes, read, windows)
+    def reading(self, file: str, nbytes: int, windows: int, size: int) -> Iterator[ReadAhead]:
+        """While inside, a file of `nbytes` is read ahead in windows of `size` bytes, and large
+        reads of any leave the page cache alone, where the file system lets them."""
+        buffers = self._buffers.setdefault(size, Buffers(size))
+        ahead = ReadAhead(nbytes, partial(self._read_direct, file, buffers=buffers), windows, size)
         self._ahead[file] = ahead
         try:
             yield ahead

@@ -93,6 +93,10 @@ class Recipe:
             left -= matches
 
 
+#: The recipe of a copy: what `shard` and `merge` do.
+KEEP = Recipe("keep", "every weight as it is", {}, {}, preset=True)
+
+
 def recipe_names() -> list[str]:
     """The presets: the default recipe of every format, then those that ship as files."""
     folder = resources.files("requant.recipes")

@@ -27,6 +27,8 @@ def plan_table(summary: Mapping[str, Any]) -> RenderableType:
     table.add_row("", ", ".join(f"{n} {name}" for name, n in summary["formats"].items()))
     table.add_row("read", size(summary["read_bytes"]))
     table.add_row("written", f"{size(summary['written_bytes'])} in {summary['files']} files")
+    if "ranks" in summary:
+        _add_ranks(table, summary["ranks"])
     if "seconds" in summary:
         resumed = summary["resumed_files"]
         again = f", {resumed} of {summary['files']} files were finished before" if resumed else ""
@@ -40,6 +42,21 @@ def plan_table(summary: Mapping[str, Any]) -> RenderableType:
         *_notice("not converted, because the index does not name them", summary["ignored_files"]),
     ]
     return Group(table, *notices) if notices else table
+
+
+def _add_ranks(table: Table, ranks: Mapping[str, Any]) -> None:
+    """How a checkpoint is spread: bytes a rank, by role, and what is on all of them."""
+    least, most = size(ranks["min_rank_bytes"]), size(ranks["max_rank_bytes"])
+    table.add_row(
+        "ranks", f"{ranks['ranks']}: tp={ranks['tp']} ep={ranks['ep']} pp={ranks['pp']}, "
+        f"{least} to {most} each, {size(ranks['replicated_bytes'])} of all in copies"
+    )  # fmt: skip
+    largest = ranks["rank_bytes"].index(ranks["max_rank_bytes"])
+    roles = sorted(ranks["rank_role_bytes"][largest].items(), key=lambda item: -item[1])
+    table.add_row("", f"rank {largest}: " + ", ".join(f"{n} {size(b)}" for n, b in roles))
+    if ranks["replicated_bytes"]:
+        leaves = {name.split(".")[-2] for name in ranks["replicated_tensors"]}
+        table.add_row("", f"on several ranks: {', '.join(sorted(leaves))}")
 
 
 def _notice(what: str, names: Sequence[str]) -> list[Text]:

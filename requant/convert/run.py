@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,18 +22,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import requant
+from requant.convert.builder import Builder
+from requant.convert.folder import CONFIG_NAME, origin
 from requant.convert.journal import (
     JOURNAL_NAME,
     MANIFEST_NAME,
     Finished,
+    Halfway,
     Journal,
     clear,
     read_manifest,
 )
-from requant.convert.plan import Plan, PlannedFile
+from requant.convert.plan import Plan, PlannedFile, PlannedGroup, PlannedWeight
 from requant.convert.processes import Team
 from requant.convert.readahead import WINDOWS
-from requant.convert.source import CONFIG_NAME, INDEX_NAME, Checkpoint, origin
+from requant.convert.source import Checkpoint
 from requant.convert.steps import Piece, Steps
 from requant.convert.writer import (
     PARTIAL_SUFFIX,
@@ -46,7 +49,6 @@ from requant.convert.writer import (
 )
 from requant.errors import CheckpointError, RequantError
 from requant.memory import peak_bytes
-from requant.quant import TensorSpec
 
 Progress = Callable[[int], None]
 
@@ -90,7 +92,7 @@ def convert(
         journal: Journal | None = None
         created = team.leads and not os.path.lexists(out)
 
-        def begin() -> list[str] | None:
+        def begin() -> tuple[list[str], dict[str, Halfway]] | None:
             nonlocal journal
             if overwrite:
                 _require_apart(plan, out)
@@ -101,15 +103,17 @@ def convert(
                 return None
             journal = leaving.enter_context(_leaving(_claim(plan, out), created))
             _require_room(plan, out, journal)
-            return list(journal.finished)
+            return list(journal.finished), journal.halfway
 
-        finished = team.first(begin)
-        if finished is not None:
+        begun = team.first(begin)
+        finished = None if begun is None else begun[0]
+        if begun is not None:
             if not team.leads:
                 with writing(out):
                     journal = leaving.enter_context(Journal(out, plan.key, team.rank))
+                journal.halfway = begun[1]
             assert journal is not None
-            _write_files(plan, journal, set(finished), runtime, progress)
+            _write_files(plan, journal, set(begun[0]), runtime, progress)
             if not team.leads:
                 journal.close()
             team.meet(progress)
@@ -161,12 +165,16 @@ def _require_apart(plan: Plan, out: Path) -> None:
 
 def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
     """Raise CheckpointError when the disk cannot hold what is still to be written."""
-    for file in plan.files:  # what a killed run left half-written is room
-        with writing(out):
-            (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-    needed = plan.written_bytes + len(json_bytes(plan.config)) + len(json_bytes(plan.index or {}))
+    kept = {name: n for half in journal.halfway.values() for name, n in half.positions.items()}
+    for file in plan.files:  # what a killed run left half-written and cannot continue is room
+        if file.name not in kept:
+            with writing(out):
+                (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
+    documents = plan.config, *plan.documents.values()
+    needed = plan.written_bytes + sum(len(json_bytes(document)) for document in documents)
     needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
     needed -= sum(facts.written.nbytes for facts in journal.finished.values())
+    needed -= sum(nbytes for name, nbytes in kept.items() if name not in journal.finished)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise CheckpointError(
@@ -195,14 +203,14 @@ def _leaving(journal: Journal, created: bool) -> Iterator[Journal]:
 def _write_files(
     plan: Plan, journal: Journal, finished: Collection[str], runtime: Runtime, progress: Progress
 ) -> None:
-    """Write the files that are not finished, one after the other, with all workers on each; other
+    """Write the groups that are not finished, one after the other, with all workers on each; other
     processes of the team take others."""
-    team = runtime.team
-    if team.leads:
-        for planned in plan.files:
-            if planned.name in finished:
-                progress(sum(weight.source.nbytes for weight in planned.weights))
-    todo = [planned for planned in plan.files if planned.name not in finished]
+    todo: list[PlannedGroup] = []
+    for group in plan.groups:
+        if any(file.name not in finished for file in group.files):
+            todo.append(group)
+        elif runtime.team.leads:
+            progress(sum(weight.source.nbytes for weight in group.weights))
     # glibc keeps for later use what is smaller than the largest block that was freed so far, and
     # fresh memory takes as long to touch as it takes to compute a tile.
     torch.empty(MALLOC_BYTES, dtype=torch.uint8)
@@ -211,117 +219,99 @@ def _write_files(
     try:
         with ThreadPoolExecutor(runtime.workers) as pool:
             steps = Steps(plan.source, runtime.device, pool)
-            for number in team.share(len(todo)):
-                planned = todo[number]
-                facts = _write_file(plan.source, planned, journal.out, steps, runtime, progress)
-                with writing(journal.path):
-                    journal.finish(planned.name, facts)
+            for number in runtime.team.share(len(todo)):
+                files = [file for file in todo[number].files if file.name not in finished]
+                _write_group(plan.source, todo[number], files, journal, steps, runtime, progress)
     finally:
         torch.set_num_threads(threads)
 
 
-def _write_file(
+def _write_group(
     source: Checkpoint,
-    planned: PlannedFile,
-    out: Path,
+    group: PlannedGroup,
+    files: Sequence[PlannedFile],
+    journal: Journal,
     steps: Steps,
     runtime: Runtime,
     progress: Progress,
-) -> Finished:
-    """Write one file from the source's file of the same name."""
+) -> None:
+    """Write the given files of a group, reading the source's once."""
 
     def done(nbytes: int) -> None:
         progress(runtime.team.done(nbytes))
 
-    with source.reading(planned.name, runtime.windows) as ahead:
-        file = OutputFile(out / planned.name, planned.nbytes)
-        try:
-            _fill(Builder(planned, file), steps, runtime.workers + 1, done)
-            read = ahead.finish()
-            source.require_unchanged(planned.name)
-            return Finished(file.commit(), read)
-        except BaseException:
-            file.abandon()
-            raise
+    name = group.files[0].name
+    start = journal.halfway.get(name) or Halfway(0, {}, {}, {})
+    read = dict(start.read)
+    with contextlib.ExitStack() as leaving:
+        outputs, builders = [], []
+        for planned in files:
+            path, begin = journal.out / planned.name, start.positions.get(planned.name, 0)
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+            outputs.append(OutputFile(path, planned.nbytes, len(files), begin))
+            leaving.callback(outputs[-1].abandon)
+            builders.append(Builder(planned, outputs[-1], start.late.get(planned.name)))
+        for number, stage in enumerate(group.stages[start.stage :], start.stage + 1):
+            with source.reading(stage.sources, runtime.windows) as finish:
+                _fill(builders, stage.weights, steps, runtime.workers + 1, done)
+                read |= finish()
+            if number < len(group.stages):
+                reached = Halfway(
+                    number,
+                    {file.name: output.sync() for file, output in zip(files, outputs, strict=True)},
+                    {builder.planned.name: builder.late for builder in builders},
+                    read,
+                )
+                with writing(journal.path):
+                    journal.reach(name, reached)
+        for builder in builders:
+            builder.finish()
+        for planned, output in zip(files, outputs, strict=True):
+            written = output.commit()
+            with writing(journal.path):
+                journal.finish(planned.name, Finished(written, read))
 
 
-def _fill(builder: Builder, steps: Steps, ahead: int, progress: Progress) -> None:
+def _fill(
+    builders: Sequence[Builder],
+    weights: Sequence[PlannedWeight],
+    steps: Steps,
+    ahead: int,
+    progress: Progress,
+) -> None:
     """Compute pieces with all workers, so many ahead, and append them in order."""
     pending: deque[Future[Piece]] = deque()
 
     def take() -> None:
         piece = pending.popleft().result()
-        builder.add(piece)
+        for builder in builders:
+            builder.add(piece)
         progress(piece.read_bytes)
 
     try:
-        for work in steps.of(builder.planned):
+        for work in steps.of(weights):
             pending.append(steps.pool.submit(work))
             if len(pending) > ahead:
                 take()
         while pending:
             take()
-        builder.finish()
     finally:
         for future in pending:
             future.cancel()
         wait(pending)
 
 
-class Builder:
-    """Puts pieces where the header says: the codes as they come, what is small after them."""
-
-    def __init__(self, planned: PlannedFile, file: OutputFile) -> None:
-        self.planned = planned
-        self._file = file
-        self._held: dict[str, list[torch.Tensor]] = {}
-        file.append(planned.header)
-
-    def add(self, piece: Piece) -> None:
-        """Append the next piece of the next weight."""
-        weight = piece.weight
-        for tile in piece.tiles:
-            for part, tensor in tile.items():
-                if part == weight.streamed:
-                    self._file.append(tensor)
-                else:
-                    self._held.setdefault(weight.stored_name(part), []).append(tensor)
-        if not piece.last:
-            return
-        for part, spec in weight.specs.items():
-            name = weight.stored_name(part)
-            if part != weight.streamed and spec.nbytes % 8 == 0:
-                self._append_held(name, spec)
-
-    def finish(self) -> None:
-        """Append the odd-sized tensors, which `layout` put last."""
-        specs = {w.stored_name(p): s for w in self.planned.weights for p, s in w.specs.items()}
-        for name in self.planned.ranges:
-            if name in self._held:
-                self._append_held(name, specs[name])
-
-    def _append_held(self, name: str, spec: TensorSpec) -> None:
-        tiles = self._held.pop(name)
-        if spec.rows == 0 or len(tiles) == 1:  # of the whole weight: every tile has it
-            self._file.append(tiles[0])
-        elif spec.axis == 0:
-            for tile in tiles:
-                self._file.append(tile)
-        else:
-            self._file.append(torch.cat(tiles, spec.axis))
-
-
 def _complete(plan: Plan, out: Path, journal: Journal) -> None:
     """Side files, index, check, config, manifest: the folder becomes loadable only here."""
     written = {name: facts.written for name, facts in journal.finished.items()}
-    read = {name: facts.read for name, facts in journal.finished.items()}
+    read = {name: d for facts in journal.finished.values() for name, d in facts.read.items()}
     for name in sorted(set(plan.source.files) - set(read)):  # what holds nothing but scales
-        with plan.source.reading(name, WINDOWS) as ahead:
-            read[name] = ahead.finish()
-        plan.source.require_unchanged(name)
+        with plan.source.reading([name], WINDOWS) as finish:
+            read |= finish()
     written |= copy_side_files(plan.source.path, out)
-    if plan.index is not None:
-        written[INDEX_NAME] = write_json(out / INDEX_NAME, plan.index)
+    for name, document in plan.documents.items():
+        written[name] = write_json(out / name, document)
     written[CONFIG_NAME] = write_json(out / CONFIG_NAME, plan.config)
     try:
         check_output(plan, out)
@@ -361,10 +351,10 @@ def check_output(plan: Plan, out: Path) -> None:
     written = Checkpoint.open(out)
     if json.dumps(written.config, sort_keys=True) != json.dumps(plan.config, sort_keys=True):
         raise CheckpointError(f"{out / CONFIG_NAME}: differs from what was planned")
-    for planned in plan.weights:
-        found = written.weights.get(planned.source.name)
-        if found is None or found.codec != planned.written_codec:
-            raise CheckpointError(f"{out}: {planned.source.name} reads back as {found}")
+    for name, codec in plan.reads_back.items():
+        found = written.weights.get(name)
+        if found is None or found.codec != codec:
+            raise CheckpointError(f"{out}: {name} reads back as {found}")
     for file in plan.files:
         try:
             with safe_open(out / file.name, "pt") as opened:

@@ -6,11 +6,8 @@ name over the whole checkpoint.
 
 from __future__ import annotations
 
-import json
-import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +15,20 @@ from typing import Any
 
 import torch
 
+from requant.convert.folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MODELOPT_NAME,
+    FileFacts,
+    file_facts,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 from requant.convert.fused import StoredPart, split_experts
-from requant.convert.header import read_header
+from requant.convert.journal import Digest
 from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
-from requant.convert.readahead import ReadAhead
+from requant.convert.readahead import windows_of
 from requant.convert.reader import Files
 from requant.errors import CheckpointError, FormatError
 from requant.quant import (
@@ -36,17 +43,10 @@ from requant.quant import (
 from requant.quant.codec import DTYPE_BITS
 from requant.quant.compressed_tensors import narrow
 
-CONFIG_NAME = "config.json"
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-MODELOPT_NAME = "hf_quant_config.json"
-
 #: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
 _NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
 #: Largest part whose bytes are looked at when a checkpoint is opened.
 MAX_CONTENT_BYTES = 1 << 16
-#: Longest JSON file that is read: the index of a million tensors.
-MAX_JSON_BYTES = 100_000_000
 
 #: Names of the config's groups that apply, and the parts' specs -> the codec that reads them.
 _Detected = dict[tuple[tuple[str, ...], tuple[tuple[str, TensorSpec], ...]], Codec]
@@ -80,8 +80,14 @@ class StoredWeight:
 
     @property
     def file(self) -> str:
-        """The file that holds the codes."""
+        """The file that holds the codes, or the first piece of them."""
         return self.codes.location.file
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that hold the codes."""
+        pieces = self.codes.pieces or (self.codes,)
+        return tuple(dict.fromkeys(piece.location.file for piece in pieces))
 
     @cached_property
     def module(self) -> str:
@@ -113,14 +119,6 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """What tells whether a file is still the same: its size in bytes and when it was written."""
-
-    nbytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A folder with `config.json`, `*.safetensors` and, for several files, an index.
 
@@ -135,24 +133,32 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a folder. Raises CheckpointError or FormatError naming file, tensor and numbers."""
+        """Open a folder, also one that was cut into ranks, as the whole checkpoint.
+
+        Raises CheckpointError or FormatError naming file, tensor and numbers.
+        """
+        from requant.convert.rank_folders import open_ranks, read_layout  # it builds on this module
+
         try:
             if not path.is_dir():
                 raise CheckpointError(f"{path}: no such folder; give a checkpoint, or `demo`")
-            config = _read_json(path / CONFIG_NAME, "not a checkpoint folder")
-            files, index = _weight_files(path)
+            config = read_json(path / CONFIG_NAME, "not a checkpoint folder")
+            layout = read_layout(path)
+            if layout is not None:
+                return open_ranks(path, layout)
+            files, index = weight_files(path)
         except OSError as error:  # a name too long, a folder without permission
             raise CheckpointError(f"{path}: cannot open it: {error}") from error
+        facts = {file: file_facts(path / file) for file in files}
         tensors: dict[str, StoredPart] = {}
-        facts = {file: _facts(path / file) for file in files}
         for file in files:
-            for name, (spec, location) in read_header(path / file).items():
+            for name, part in read_tensors(path, file).items():
                 if name in tensors:
                     raise CheckpointError(
                         f"{path}: {name} is in both {tensors[name].location.file} and {file}; "
                         "remove the stale file"
                     )
-                tensors[name] = StoredPart(name, spec, location)
+                tensors[name] = part
         for name, file in (index or {}).items():
             if name not in tensors or tensors[name].location.file != file:
                 shown = [text if text.isprintable() else ascii(text) for text in (name, str(file))]
@@ -163,7 +169,7 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
         checkpoint = cls(path, config, files, facts, {})
-        return replace(checkpoint, weights=checkpoint._pair_parts(split_experts(tensors, config)))
+        return replace(checkpoint, weights=checkpoint.pair_parts(split_experts(tensors, config)))
 
     @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -173,7 +179,7 @@ class Checkpoint:
         if isinstance(found, dict):
             return found
         if (self.path / MODELOPT_NAME).is_file():
-            found = _read_json(self.path / MODELOPT_NAME, "").get("quantization")
+            found = read_json(self.path / MODELOPT_NAME, "").get("quantization")
             if isinstance(found, dict):
                 return {"quant_method": "modelopt", **found}
         return None
@@ -202,17 +208,39 @@ class Checkpoint:
             return self.read_rows(part, first, last)
         return self._files.read(part, (part.spec.shape[0], last - first), 0, first)
 
-    def read_bytes(self, file: str, begin: int, end: int) -> torch.Tensor:
-        """Bytes begin:end of a file as uint8."""
-        return self._files.read_bytes(file, begin, end)
+    def read_bytes(self, part: StoredPart, begin: int, end: int) -> torch.Tensor:
+        """Bytes begin:end of a stored tensor that is no view, as uint8."""
+        return self._files.read_part(part, begin, end)
 
-    def reading(self, file: str, windows: int) -> AbstractContextManager[ReadAhead]:
-        """While inside, a file is read ahead from front to back, `windows` of it held in memory."""
-        return self._files.reading(file, self.facts[file].nbytes, windows)
+    @contextlib.contextmanager
+    def reading(
+        self, files: Sequence[str], windows: int
+    ) -> Iterator[Callable[[], dict[str, Digest]]]:
+        """While inside, these files are read ahead from front to back, `windows` of them held in
+        memory. Gives a function that reads the rest; the digest of each file.
 
-    def require_unchanged(self, file: str) -> None:
+        It raises CheckpointError when a file is not the one that was opened.
+        """
+        with contextlib.ExitStack() as stack:
+            share = windows_of(len(files), windows)
+            aheads = {
+                file: stack.enter_context(
+                    self._files.reading(file, self.facts[file].nbytes, *share)
+                )
+                for file in files
+            }
+
+            def finish() -> dict[str, Digest]:
+                read = {file: ahead.finish() for file, ahead in aheads.items()}
+                for file in files:
+                    self._require_unchanged(file)
+                return read
+
+            yield finish
+
+    def _require_unchanged(self, file: str) -> None:
         """Raise CheckpointError when a file is not the one that was opened."""
-        if _facts(self.path / file) != self.facts[file]:
+        if file_facts(self.path / file) != self.facts[file]:
             raise CheckpointError(
                 f"{self.path / file}: changed while being read; keep the source as it is, and "
                 "start over"
@@ -259,8 +287,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return self.decode_rows(weight, 0, weight.shape[0] if weight.shape else 1, device)
 
-    def _pair_parts(self, tensors: Mapping[str, StoredPart]) -> dict[str, StoredWeight]:
-        """Group stored tensors into weights and find what each is stored in."""
+    def pair_parts(self, tensors: Mapping[str, StoredPart]) -> dict[str, StoredWeight]:
+        """Group stored tensors of this folder into weights and find what each is stored in."""
         modules: dict[str, dict[str, StoredPart]] = {}
         for name, tensor in tensors.items():
             parsed = TensorName.parse(name)
@@ -298,16 +326,20 @@ class Checkpoint:
             key = tuple(groups) if isinstance(groups, dict) else (), tuple(specs.items())
             if key not in detected:
                 detected[key] = detect_format(specs, config)
-            codec = detected[key]
-            if codec.needs_content:
-                codec = codec.with_content(
-                    {p: self._content(encoded[p]) for p in codec.needs_content}
-                )
+            codec = self.told(detected[key], encoded)
             shape = codec.shape(specs)
         except FormatError as error:
             raise FormatError(f"{self.path}: {name}: {error}") from error
         role = role_of(name, shape, self.config)
         yield StoredWeight(name, role, shape, codec, encoded, activations)
+
+    def told(self, codec: Codec, parts: Mapping[str, StoredPart]) -> Codec:
+        """A detected codec, completed by the content of the small parts that it asks for."""
+        if not codec.needs_content:
+            return codec
+        return codec.with_content(
+            {part: self._content(parts[part]) for part in codec.needs_content}
+        )
 
     def _content(self, part: StoredPart) -> bytes:
         """All bytes of a small part."""
@@ -315,7 +347,7 @@ class Checkpoint:
             raise FormatError(
                 f"{part.name} has {part.spec.nbytes} bytes, at most {MAX_CONTENT_BYTES} make sense"
             )
-        return bytes(self.read_bytes(part.location.file, part.location.begin, part.location.end))
+        return bytes(self.read_bytes(part, 0, part.spec.nbytes))
 
     def _plain_tensor(self, part: StoredPart, alone: bool) -> StoredWeight:
         """A tensor that is no matrix. Raises FormatError for what is a piece of a weight."""
@@ -341,92 +373,6 @@ class Checkpoint:
     @cached_property
     def _files(self) -> Files:
         return Files(self.path)
-
-
-def origin(path: Path) -> dict[str, str | None]:
-    """The Hub repository and revision that a folder is a copy of, as far as the Hub's client left
-    traces: {source_repo, source_revision}."""
-    real = Path(os.path.realpath(path))
-    if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
-        repo = real.parents[1].name.removeprefix("models--").replace("--", "/")
-        return {"source_repo": repo, "source_revision": real.name}
-    traces = sorted((path / ".cache" / "huggingface" / "download").glob("*.safetensors.metadata"))
-    revisions = {trace.read_text("utf-8", "replace").partition("\n")[0] for trace in traces}
-    return {
-        "source_repo": None,
-        "source_revision": revisions.pop() if len(revisions) == 1 else None,
-    }
-
-
-def _facts(path: Path) -> FileFacts:
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; cannot read it") from error
-    return FileFacts(found.st_size, found.st_mtime_ns)
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path}: not a regular file of at most {MAX_JSON_BYTES} bytes, as a JSON file is"
-            )
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {missing}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
-def _weight_files(path: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    """The files that hold the weights, and the index's weight_map where there is one."""
-    single = (path / SINGLE_NAME).is_file()
-    if (path / INDEX_NAME).is_file():
-        index = _read_json(path / INDEX_NAME, "")
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX_NAME}: has no weight_map")
-        files = tuple(sorted(set(map(str, weight_map.values()))))
-        if single and files != (SINGLE_NAME,):
-            raise CheckpointError(
-                f"{path}: holds both {SINGLE_NAME} and {INDEX_NAME}, and loaders disagree which "
-                "counts; remove the stale one"
-            )
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{path / INDEX_NAME}: names {file!r}, which is not a .safetensors file of "
-                    "this folder"
-                )
-            if not (path / file).is_file():
-                raise CheckpointError(
-                    f"{path / INDEX_NAME}: names {file}, which is absent; download it again"
-                )
-        return files, weight_map
-    if single:
-        return (SINGLE_NAME,), None
-    found = sorted(p.name for p in path.glob("*.safetensors"))
-    if found:
-        raise CheckpointError(
-            f"{path}: holds {len(found)} .safetensors files ({found[0]}, ...) and no {INDEX_NAME}; "
-            "download the index, or a conversion into this folder was interrupted"
-        )
-    pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    hint = (
-        f"; it has {pickled[0]}, but pickle files are never opened: "
-        "save the model as safetensors first"
-        if pickled
-        else ""
-    )
-    raise CheckpointError(f"{path}: holds no .safetensors file{hint}")
 
 
 def _is_encoded(parts: Mapping[str, StoredPart]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from requant.convert.plan import PlannedFile, PlannedWeight
+from requant.convert.plan import PlannedWeight
 from requant.convert.source import Checkpoint, StoredWeight, iter_tiles
 from requant.errors import FormatError
 from requant.quant import Codec
@@ -25,7 +25,7 @@ from requant.quant import Codec
 TILE_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS = 1 << 22
 #: Bytes a worker copies at a time.
-COPY_BYTES = 1 << 23
+COPY_BYTES = 1 << 22
 
 #: Rows of a tile, at least, where they lie along the columns of a stored part.
 TALL_ROWS = 1024
@@ -91,16 +91,16 @@ class Summaries:
 
 
 class Steps:
-    """The work on a file, in the order of its bytes: functions that any thread may run."""
+    """The work on weights, in their order: functions that any thread may run."""
 
     def __init__(self, source: Checkpoint, device: torch.device, pool: ThreadPoolExecutor) -> None:
         self.pool = pool
         self._source, self._device = source, device
         self._summaries = Summaries(source, device, pool)
 
-    def of(self, planned: PlannedFile) -> Iterator[Callable[[], Piece]]:
+    def of(self, weights: Iterable[PlannedWeight]) -> Iterator[Callable[[], Piece]]:
         """One step a few tiles."""
-        for weight in planned.weights:
+        for weight in weights:
             if weight.codec is None:
                 yield from self._copies(weight)
                 continue
@@ -121,9 +121,12 @@ class Steps:
             final = part == next(reversed(stored))
             whole = tensor.strides is None
             total = tensor.spec.nbytes if whole else tensor.spec.shape[0]
-            step = COPY_BYTES if whole else max(1, COPY_BYTES * total // (tensor.spec.nbytes or 1))
-            for start in range(0, max(total, 1), step):
-                stop = min(start + step, total)
+            most = COPY_BYTES // 4 if tensor.pieces else COPY_BYTES  # read from smaller windows
+            step = most if whole else max(1, most * total // (tensor.spec.nbytes or 1))
+            # Of a tensor in one piece, what lies in one window of the file, which is not copied.
+            begin = -(tensor.location.begin % step) if whole and not tensor.pieces else 0
+            for start in range(begin, max(total, 1), step):
+                start, stop = max(start, 0), min(start + step, total)
                 last = final and stop == total
                 yield partial(_copy, self._source, weight, part, start, stop, last)
 
@@ -149,8 +152,7 @@ def _copy(
     """Bytes start:stop of a part, or its rows where it does not lie in one piece."""
     stored = {**weight.source.parts, **weight.source.activations}[part]
     if stored.strides is None:
-        begin = stored.location.begin
-        data = source.read_bytes(stored.location.file, begin + start, begin + stop)
+        data = source.read_bytes(stored, start, stop)
     else:
         data = source.read_rows(stored, start, stop)
     return Piece(weight, [{part: data}], last, data.nbytes)

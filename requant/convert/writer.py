@@ -22,18 +22,21 @@ from typing import Any
 import torch
 
 from requant.convert.header import DATA_ALIGNMENT
-from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Digest
+from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, RANKS_NAME, Digest
 from requant.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"
 #: Bytes that are hashed and written at a time, and how many such buffers there are.
 WINDOW_BYTES = 8 << 20
 WINDOWS = 4
+#: The smallest such buffer of one of many files: smaller writes take a disk longer.
+LEAST_WINDOW_BYTES = 1 << 18
 
 #: What is never copied beside the weights: weights in any container, and what describes them.
 _WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .gguf .onnx .h5 .msgpack".split())
 _DESCRIPTIONS = frozenset(
-    {"config.json", "hf_quant_config.json", "quantize_config.json", MANIFEST_NAME, JOURNAL_NAME}
+    ["config.json", "hf_quant_config.json", "quantize_config.json"]
+    + [MANIFEST_NAME, JOURNAL_NAME, RANKS_NAME]
 )
 
 
@@ -44,21 +47,28 @@ class OutputFile:
     the page cache where the file system lets us (fresh cache pages cost more than the disk).
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, together: int = 1, begin: int = 0) -> None:
+        """`together`: how many files are written at a time; they share the windows' memory.
+        `begin`: continue after so many bytes, which an earlier `sync` has made durable."""
         self.path = path
         self.nbytes = nbytes
         self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
         self._sha256 = hashlib.sha256()
         self._position = 0
+        self._committed = False
         with writing(self._partial):
-            self._descriptor = _open_direct(self._partial)
+            self._descriptor = _open_direct(self._partial, anew=not begin)
         # One thread hashes, as order matters; the other writes.
         self._hasher = ThreadPoolExecutor(1, "requant-hash")
         self._writer = ThreadPoolExecutor(1, "requant-write")
-        size = min(WINDOW_BYTES, -(-nbytes // DATA_ALIGNMENT) * DATA_ALIGNMENT)
-        self._free = [_Window(size) for _ in range(WINDOWS if nbytes > size else 1)]
+        size, count = windows_of(together)
+        size = min(-(-size // DATA_ALIGNMENT), -(-nbytes // DATA_ALIGNMENT)) * DATA_ALIGNMENT
+        self._free = [_Window(size) for _ in range(count if nbytes > size else 1)]
         self._busy: deque[tuple[_Window, Future[None], Future[None]]] = deque()
         self._window = self._free.pop()
+        self._synced = begin > 0
+        if begin:
+            self._reread(begin)
 
     def append(self, data: bytes | torch.Tensor) -> None:
         """Add bytes, or a contiguous CPU tensor's bytes, at the end of what was written."""
@@ -87,15 +97,52 @@ class OutputFile:
             os.fsync(self._descriptor)
             self._close()
             os.rename(self._partial, self.path)
+            self._committed = True
             sync_folder(self.path.parent)
         return Digest(self.nbytes, self._sha256.hexdigest())
 
+    def sync(self) -> int:
+        """Make all that was appended durable; how many bytes that is. A new OutputFile can continue
+        from there."""
+        while self._busy:
+            self._finish_oldest()
+        with writing(self._partial):
+            self._write(self._window, self._position)
+            os.fsync(self._descriptor)
+        self._synced = True
+        return self._position + self._window.filled
+
     def abandon(self) -> None:
-        """Close and remove the unfinished file."""
+        """Close the file, unless it was committed, and remove it, unless it can be continued."""
+        if self._committed:
+            return
         with contextlib.suppress(OSError):
             self._close()
+        if self._synced:
+            return
         with contextlib.suppress(OSError):  # never instead of the error that led here
             self._partial.unlink()
+
+    def _reread(self, begin: int) -> None:
+        """Hash what is there, and take up the bytes of the window that was not full."""
+        whole = begin // DATA_ALIGNMENT * DATA_ALIGNMENT
+        with open(self._partial, "rb") as file:
+            left = whole
+            while left:
+                chunk = file.read(min(left, WINDOW_BYTES))
+                if not chunk:
+                    break
+                self._sha256.update(chunk)
+                left -= len(chunk)
+            rest = file.read(begin - whole)
+        if left or len(rest) != begin - whole:
+            raise CheckpointError(
+                f"{self._partial}: has {os.path.getsize(self._partial)} bytes, the journal says "
+                f"{begin}; start over with --overwrite"
+            )
+        self._position = whole
+        self._window.view[: len(rest)] = rest
+        self._window.filled = len(rest)
 
     def _close(self) -> None:
         self._hasher.shutdown()
@@ -140,6 +187,13 @@ class OutputFile:
             view, offset = view[count:], offset + count
 
 
+def windows_of(together: int) -> tuple[int, int]:
+    """The size of a window, in bytes, and how many each of so many files has."""
+    if together == 1:
+        return WINDOW_BYTES, WINDOWS
+    return max(2 * WINDOW_BYTES // together, LEAST_WINDOW_BYTES), 2
+
+
 class _Window:
     """A page-aligned buffer that is filled from the front."""
 
@@ -151,9 +205,9 @@ class _Window:
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _open_direct(path: Path) -> int:
+def _open_direct(path: Path, anew: bool = True) -> int:
     """Create a file for writing past the page cache, or through it where that is not possible."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if anew else 0)
     direct = getattr(os, "O_DIRECT", 0)
     try:
         return os.open(path, flags | direct, 0o644)

@@ -89,6 +89,13 @@ def plan_cut(
     }
 
 
+def cut_rows(spec: TensorSpec, start: int, stop: int) -> PartCut:
+    """Entries start:stop of a tensor that is no matrix: a bias, attention sinks."""
+    pitch = spec.nbytes // spec.shape[0]
+    new = TensorSpec(spec.dtype, (stop - start, *spec.shape[1:]))
+    return PartCut(new, Patch(pitch, (start, stop), (0, pitch)), False)
+
+
 def cut(
     codec: Codec,
     parts: Mapping[str, torch.Tensor],
@@ -109,7 +116,7 @@ def cut(
     for part, here in planned.items():
         tensor = parts[part]
         if here.patch is not None:
-            taken = _window(_bytes(tensor), here.patch).contiguous().flatten()
+            taken = _window(as_bytes(tensor), here.patch).contiguous().flatten()
             tensor = taken.view(tensor.dtype).reshape(_torch_shape(here.spec))
         if here.rewritten:
             new = (stop - start, shape[1]) if axis == 0 else (shape[0], stop - start)
@@ -144,9 +151,9 @@ def join(
                 if part not in whole:
                     whole[part] = tensor if here.patch is None else _empty(specs[part], tensor)
                 if here.patch is not None:
-                    target = _window(_bytes(whole[part]), here.patch)
-                    target.copy_(_bytes(tensor).view(target.shape))
-                elif not torch.equal(_bytes(whole[part]), _bytes(tensor)):
+                    target = _window(as_bytes(whole[part]), here.patch)
+                    target.copy_(as_bytes(tensor).view(target.shape))
+                elif not torch.equal(as_bytes(whole[part]), as_bytes(tensor)):
                     raise FormatError(f"{part} is not the one of piece 0; all have it alike")
         except FormatError as error:
             raise FormatError(f"piece {number} of {len(pieces)}: {error}") from error
@@ -284,7 +291,7 @@ def _empty(spec: TensorSpec, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(_torch_shape(spec), dtype=like.dtype, device=like.device)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, uint8 [n], without a copy where it is contiguous."""
     # A contiguous tensor may have any stride where its side is 1, and `view` insists on 1.
     return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,28 +125,28 @@ def _child(
 
 def tell() -> None:
     """Say on stderr which weight files were written."""
-    write_file = run._write_file
+    write_group = run._write_group
 
-    def telling(*args: object) -> object:
-        facts = write_file(*args)  # type: ignore[arg-type]
-        os.write(2, f"wrote {args[1].name}\n".encode())  # type: ignore[attr-defined]
-        return facts
+    def telling(*args: Any) -> None:
+        write_group(*args)
+        for file in args[2]:
+            os.write(2, f"wrote {file.name}\n".encode())
 
-    run._write_file = telling  # type: ignore[assignment]
+    run._write_group = telling
 
 
 def meet_first() -> None:
     """Finish no file before every process of the run has begun one."""
-    write_file = run._write_file
+    write_group = run._write_group
 
-    def waiting(*args: object) -> object:
-        place = Path(str(args[2])).parent
+    def waiting(*args: Any) -> None:
+        place = args[3].out.parent
         (place / f"begun-{os.environ['RANK']}").touch()
         count = int(os.environ["WORLD_SIZE"])
         wait_until(lambda: len(list(place.glob("begun-*"))) == count)
-        return write_file(*args)  # type: ignore[arg-type]
+        write_group(*args)
 
-    run._write_file = waiting  # type: ignore[assignment]
+    run._write_group = waiting
 
 
 def without_privileges() -> None:

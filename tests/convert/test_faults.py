@@ -21,12 +21,13 @@ import requant.convert.readahead as readahead
 import requant.convert.reader as reader
 import requant.convert.steps as steps
 import requant.convert.writer as writer
+from requant.convert.folder import INDEX_NAME
 from requant.convert.header import read_header
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
 from requant.convert.run import Runtime, convert
-from requant.convert.source import INDEX_NAME, Checkpoint
+from requant.convert.source import Checkpoint
 from requant.errors import CheckpointError
 from tests.convert.team import together, without_privileges
 from tests.helpers import CPU, INDEX, Tensors, hashes
@@ -49,7 +50,7 @@ def nothing_looks_complete(out: Path) -> bool:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many reads and writes of a small checkpoint, all of the kinds that a large one takes."""
-    for module in (readahead, reader, writer):
+    for module in (readahead, writer):
         monkeypatch.setattr(module, "WINDOW_BYTES", 1 << 14)
     monkeypatch.setattr(reader, "DIRECT_BYTES", 1 << 12)
     monkeypatch.setattr(steps, "TILE_ELEMENTS", 1 << 13)

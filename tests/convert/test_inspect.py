@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from requant.convert.folder import INDEX_NAME, SINGLE_NAME
 from requant.convert.header import layout
 from requant.convert.inspect import inspect, render
 from requant.convert.names import TensorName
-from requant.convert.source import INDEX_NAME, SINGLE_NAME, Checkpoint
+from requant.convert.source import Checkpoint
 from requant.quant import parse_format
 from requant.quant.codec import TensorSpec
 

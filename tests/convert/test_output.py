@@ -14,11 +14,12 @@ import pytest
 
 import requant.convert.run as run
 import requant.convert.writer as writer
+from requant.convert.folder import INDEX_NAME
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, Journal
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
 from requant.convert.run import Runtime, convert
-from requant.convert.source import INDEX_NAME, Checkpoint
+from requant.convert.source import Checkpoint
 from requant.errors import CheckpointError
 from tests.helpers import CPU, hashes
 

@@ -35,7 +35,6 @@ PATIENCE_SECONDS = 30
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "WINDOW_BYTES", SIZE)
-    monkeypatch.setattr(reader, "WINDOW_BYTES", SIZE)
     monkeypatch.setattr(reader, "DIRECT_BYTES", SIZE // 4)
 
 
@@ -79,7 +78,7 @@ SIZES = st.builds(
 def test_every_range_is_the_files(nbytes: int, windows: int, seed: int, takers: int) -> None:
     """Whoever asks, in whatever order: forwards with overlaps, backwards, and far away."""
     data = content(nbytes)
-    ahead = ReadAhead(nbytes, partial(window_of, data), windows)
+    ahead = ReadAhead(nbytes, partial(window_of, data), windows, SIZE)
 
     def take(number: int) -> None:
         chance, position = random.Random(f"{seed} {number}"), 0
@@ -103,7 +102,7 @@ def test_every_range_is_the_files(nbytes: int, windows: int, seed: int, takers: 
 @pytest.mark.parametrize("windows", [4, 12])
 def test_from_front_to_back_everything_is_held(windows: int) -> None:
     data = content(40 * SIZE + 5)
-    ahead = ReadAhead(len(data), partial(window_of, data), windows)
+    ahead = ReadAhead(len(data), partial(window_of, data), windows, SIZE)
     for begin in range(0, len(data), SIZE // 2):
         end = min(begin + SIZE // 2 + 9, len(data))
         found = ahead.take(begin, end, wait=True)
@@ -119,7 +118,7 @@ def test_what_was_read_is_held_for_a_second_look_and_not_read_again() -> None:
         begun.append(begin)
         return window_of(data, begin, end)
 
-    ahead = ReadAhead(len(data), read, 8)
+    ahead = ReadAhead(len(data), read, 8, SIZE)
     for begin in (*range(0, 10 * SIZE, SIZE), 9 * SIZE, 7 * SIZE):
         found = ahead.take(begin, begin + SIZE, wait=True)
         assert found is not None and bytes(found.numpy().data) == data[begin : begin + SIZE]
@@ -143,7 +142,7 @@ def test_memory_is_the_windows(windows: int) -> None:
         most = max(most, len(alive))
         return window
 
-    ahead = ReadAhead(len(data), read, windows)
+    ahead = ReadAhead(len(data), read, windows, SIZE)
     for begin in range(0, 60 * SIZE, SIZE):
         ahead.take(begin, begin + SIZE, wait=True)
     ahead.finish()
@@ -156,7 +155,7 @@ def test_memory_is_the_windows(windows: int) -> None:
 
 
 def test_a_file_of_no_bytes(nothing_left_running: None) -> None:
-    ahead = ReadAhead(0, partial(window_of, b""), 4)
+    ahead = ReadAhead(0, partial(window_of, b""), 4, SIZE)
     assert ahead.take(0, 0, wait=True) is None
     assert ahead.finish() == digest(b"")
     ahead.close()
@@ -184,7 +183,7 @@ def test_a_read_error_reaches_who_asks_and_who_finishes(
         ahead.close()
 
     raised: list[int] = []
-    ahead = ReadAhead(len(data), read, 2)
+    ahead = ReadAhead(len(data), read, 2, SIZE)
     in_time(all_of_it)
     # A reader that is ahead may have met it before who asks did.
     assert set(range(fails_at, len(data), SIZE)) <= set(raised)
@@ -202,7 +201,7 @@ def test_closing_in_the_middle_does_not_hang(state: str, nothing_left_running: N
 
     if state != "in a read":
         may_read.set()
-    ahead = ReadAhead(len(data), read, 4)
+    ahead = ReadAhead(len(data), read, 4, SIZE)
     if state == "waiting for demand":
         assert ahead.take(0, SIZE, wait=True) is not None
     if state == "in a read":
@@ -248,7 +247,7 @@ def test_what_is_given_out_stays_as_it_is_while_the_file_goes_on(tmp_path: Path)
     files = Files(tmp_path)
     chance = random.Random(5)
     kept: list[tuple[int, torch.Tensor]] = []
-    with files.reading("file", len(data), 4) as ahead:
+    with files.reading("file", len(data), 4, SIZE) as ahead:
         for begin in range(0, len(data) - 600, 500):
             found = files.read_bytes("file", begin, begin + 600)
             assert bytes(found.numpy().data) == data[begin : begin + 600]
@@ -265,7 +264,7 @@ def test_files_of_any_size_on_disk(nbytes: int, tmp_path: Path) -> None:
     data = content(nbytes)
     (tmp_path / "file").write_bytes(data)
     files = Files(tmp_path)
-    with files.reading("file", nbytes, 4) as ahead:
+    with files.reading("file", nbytes, 4, SIZE) as ahead:
         for begin, end in ((0, nbytes), (nbytes // 2, nbytes), (nbytes // 3, nbytes // 2)):
             assert bytes(files.read_bytes("file", begin, end).numpy().data) == data[begin:end]
         assert ahead.finish() == digest(data)
@@ -283,7 +282,7 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(os, "preadv", counted)
     files = Files(tmp_path)
-    with files.reading("file", len(data), 6) as ahead:
+    with files.reading("file", len(data), 6, SIZE) as ahead:
         for begin in range(0, len(data), SIZE):
             files.read_bytes("file", begin, min(begin + SIZE, len(data)))
         ahead.finish()

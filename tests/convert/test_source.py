@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from requant.convert.source import INDEX_NAME, SINGLE_NAME, Checkpoint
+from requant.convert.folder import INDEX_NAME, SINGLE_NAME
+from requant.convert.source import Checkpoint
 from requant.errors import CheckpointError, FormatError, RequantError
 from tests.helpers import CONFIG, LINEAR, decode, load, make_source, same, write_checkpoint
 
