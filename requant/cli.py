@@ -18,12 +18,35 @@ import typer
 
 from requant import __version__
 from requant.errors import RequantError, ToldError
+from requant.options import (
+    Cutting,
+    Device,
+    Ep,
+    Json,
+    LayoutOption,
+    MaxKl,
+    Overwrite,
+    Placement,
+    Pp,
+    Quiet,
+    Ram,
+    Ranks,
+    RecipeOption,
+    Redundant,
+    Replicate,
+    RequireLossless,
+    Source,
+    To,
+    Tp,
+    Workers,
+)
 from requant.output import Output, error, parse_size
 
 if TYPE_CHECKING:
     import torch
 
     from requant.convert.plan import Plan
+    from requant.convert.processes import Team
 
 app = typer.Typer(
     name="requant",
@@ -33,35 +56,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Source = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or `demo`.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one, else cpu."),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, max=256, help="Tiles computed at a time; default: the cores, at most 16."),
-]
-Ram = Annotated[
-    str | None, typer.Option(help="Memory to use at most, e.g. 600MB; default: as it comes.")
-]
-To = Annotated[
-    str | None, typer.Option("--to", help="A format's default recipe, e.g. int4[group_size=32].")
-]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="A preset's name, or a recipe file (.toml).")
-]
-RequireLossless = Annotated[
-    bool, typer.Option("--require-lossless", help="Refuse where a value would change.")
-]
-MaxKl = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Largest mean KL in nats per token; default: by format."),
-]
-
 
 P = ParamSpec("P")
 
@@ -142,13 +136,22 @@ def plan_command(
     to: To = None,
     recipe: RecipeOption = None,
     require_lossless: RequireLossless = False,
+    ranks: Ranks = None,
+    tp: Tp = None,
+    ep: Ep = None,
+    pp: Pp = None,
+    placement: Placement = None,
+    redundant: Redundant = 0,
+    replicate: Replicate = None,
+    layout: LayoutOption = "hf",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show all that convert would do, from headers, and scales where they decide."""
+    """Show all that convert or shard would do, from headers, and scales where they decide."""
     from requant.convert.report import plan_table
 
-    summary = _plan(source, to, recipe, require_lossless).summary()
+    cutting = Cutting(ranks, tp, ep, pp, placement, redundant, replicate, layout)
+    summary = cutting.of(_plan(source, to, recipe, require_lossless, cutting.given)).summary()
     Output(json, quiet).result(summary, lambda: plan_table(summary))
 
 
@@ -163,33 +166,35 @@ def convert_command(
         bool, typer.Option("--verify", help="Run source and output afterwards, and judge.")
     ] = False,
     max_kl: MaxKl = None,
+    ranks: Ranks = None,
+    tp: Tp = None,
+    ep: Ep = None,
+    pp: Pp = None,
+    placement: Placement = None,
+    redundant: Redundant = 0,
+    replicate: Replicate = None,
+    layout: LayoutOption = "hf",
     device: Device = None,
     workers: Workers = None,
     ram: Ram = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove an earlier conversion in OUT, start over.")
-    ] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a checkpoint into another format. Repeating the command continues it."""
-    from requant.convert.budget import runtime
-    from requant.convert.processes import team
+    """Convert a checkpoint into another format, and cut it for --ranks GPUs in the same pass.
+    Repeating the command continues it."""
     from requant.convert.report import plan_table
-    from requant.convert.run import convert
 
     if max_kl is not None and not verify:
         raise RequantError("--max-kl has no effect without --verify")
-    nbytes = None if ram is None else parse_size("--ram", ram)
-    with team() as processes:
-        # One process speaks; the others only say why they cannot go on.
-        output = Output(json and processes.leads, quiet or not processes.leads)
-        plan = _plan(source, to, recipe, require_lossless)
-        how = runtime(plan, _device(device), workers, nbytes, processes)
-        with output.progress(plan.read_bytes, "convert") as progress:
-            result = convert(plan, out, how, progress, overwrite)
-    if not processes.leads:
+    cutting = Cutting(ranks, tp, ep, pp, placement, redundant, replicate, layout)
+    done = _execute(
+        lambda: cutting.of(_plan(source, to, recipe, require_lossless)),
+        out, "convert", device, workers, ram, overwrite, json, quiet,
+    )  # fmt: skip
+    if done is None:
         return
+    result, output = done
     if not verify:
         output.result(result, lambda: plan_table(result))
         return
@@ -197,6 +202,67 @@ def convert_command(
         output.result(result, lambda: plan_table(result))
     verdict = _verify(source, out, max_kl, device, output)
     _judge(verdict, {**result, "verify": verdict}, output)
+
+
+@command("shard")
+def shard_command(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    ranks: Ranks = None,
+    tp: Tp = None,
+    ep: Ep = None,
+    pp: Pp = None,
+    placement: Placement = None,
+    redundant: Redundant = 0,
+    replicate: Replicate = None,
+    layout: LayoutOption = "hf",
+    workers: Workers = None,
+    ram: Ram = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cut a checkpoint for N GPUs, without changing a code. Repeating the command continues it."""
+    from requant.convert.report import plan_table
+
+    cutting = Cutting(ranks, tp, ep, pp, placement, redundant, replicate, layout)
+    if not cutting.given:
+        raise RequantError("give --ranks, or --tp, --ep or --pp")
+    done = _execute(
+        lambda: cutting.of(_plan(source, None, None, False, keep=True)),
+        out, "shard", "cpu", workers, ram, overwrite, json, quiet,
+    )  # fmt: skip
+    if done is not None:
+        result, output = done
+        output.result(result, lambda: plan_table(result))
+
+
+@command("merge")
+def merge_command(
+    ranks: Annotated[
+        Path, typer.Argument(metavar="RANKS", help="What `shard`, or DeepSeek's script, wrote.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, for DeepSeek's script's output.")
+    ] = None,
+    workers: Workers = None,
+    ram: Ram = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put a checkpoint that was cut into ranks together again, byte for byte as it was."""
+    from requant.convert.report import plan_table
+    from requant.convert.shard import merge
+
+    done = _execute(
+        lambda: merge(ranks, config),
+        out, "merge", "cpu", workers, ram, overwrite, json, quiet,
+    )  # fmt: skip
+    if done is not None:
+        result, output = done
+        output.result(result, lambda: plan_table(result))
 
 
 @command("verify")
@@ -222,7 +288,14 @@ def verify_command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run source and output over held-out text, compare them, and judge."""
+    """Run source and output over held-out text, compare them, and judge.
+
+    An OUT that was cut into ranks is run by as many processes, each on its own rank: by those that
+    torchrun or `accelerate launch` started, else by new ones on this machine.
+    """
+    from requant.convert.processes import team
+    from requant.verify.launch import launched, ranks_in, run_processes
+
     output = Output(json, quiet)
     if checksums:
         if any(given is not None for given in (out, max_kl, tokens, text, device)):
@@ -231,8 +304,16 @@ def verify_command(
         return
     if out is None:
         raise RequantError("give SRC and OUT, or --checksums and one folder")
-    verdict = _verify(source, out, max_kl, device, output, tokens or 2048, text)
-    _judge(verdict, verdict, output)
+    if not launched() and (count := ranks_in(out)) > 1:
+        options = {"--max-kl": max_kl, "--tokens": tokens, "--text": text, "--device": device}
+        given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        given += [name for name, on in (("--json", json), ("--quiet", quiet)) if on]
+        raise typer.Exit(run_processes(count, ["verify", *given, "--", source, str(out)]))
+    with team() as processes:
+        output = Output(json and processes.leads, quiet or not processes.leads)
+        verdict = _verify(source, out, max_kl, device, output, tokens or 2048, text, processes)
+        if processes.leads:
+            _judge(verdict, verdict, output)
 
 
 @command("run")
@@ -318,15 +399,49 @@ def _folder(source: str) -> Path:
     return Path(source)
 
 
-def _plan(source: str, to: str | None, recipe: str | None, require_lossless: bool) -> Plan:
+def _plan(
+    source: str, to: str | None, recipe: str | None, require_lossless: bool, keep: bool = False
+) -> Plan:
+    """The plan of a conversion, or with `keep` of a copy where no format is given."""
     from requant.convert.plan import make_plan
-    from requant.convert.recipe import default_recipe, load_recipe
+    from requant.convert.recipe import KEEP, default_recipe, load_recipe
     from requant.convert.source import Checkpoint
 
+    checkpoint = Checkpoint.open(_folder(source))
+    if keep and to is None and recipe is None:
+        return make_plan(checkpoint, KEEP)
     if (to is None) == (recipe is None):
         raise RequantError("give either --to FORMAT or --recipe NAME|FILE.toml")
     chosen = default_recipe(to) if to is not None else load_recipe(recipe or "")
-    return make_plan(Checkpoint.open(_folder(source)), chosen, require_lossless)
+    return make_plan(checkpoint, chosen, require_lossless)
+
+
+def _execute(
+    make: Callable[[], Plan],
+    out: Path,
+    what: str,
+    device: str | None,
+    workers: int | None,
+    ram: str | None,
+    overwrite: bool,
+    json: bool,
+    quiet: bool,
+) -> tuple[dict[str, Any], Output] | None:
+    """Make a plan and carry it out; what was done, and where to print it. None in the processes of
+    a team that do not report."""
+    from requant.convert.budget import runtime
+    from requant.convert.processes import team
+    from requant.convert.run import convert
+
+    nbytes = None if ram is None else parse_size("--ram", ram)
+    with team() as processes:
+        # One process speaks; the others only say why they cannot go on.
+        output = Output(json and processes.leads, quiet or not processes.leads)
+        plan = make()
+        how = runtime(plan, _device(device), workers, nbytes, processes)
+        with output.progress(plan.read_bytes, what) as progress:
+            result = convert(plan, out, how, progress, overwrite)
+    return (result, output) if processes.leads else None
 
 
 def _device(name: str | None) -> torch.device:
@@ -360,21 +475,35 @@ def _verify(
     output: Output,
     tokens: int = 2048,
     text: Path | None = None,
+    processes: Team | None = None,
 ) -> dict[str, Any]:
+    from requant.convert.processes import Team
     from requant.verify.comparison import verify
 
-    try:
-        words = text.read_text("utf-8") if text is not None else None
-    except (OSError, UnicodeDecodeError) as unreadable:
-        raise RequantError(f"{text}: cannot read the text: {unreadable}") from unreadable
-    folder, where = _folder(source), _device(device)
+    processes = processes or Team()
+    words = processes.each(lambda: _read_text(text))
+    folder, where = _folder(source), processes.each(lambda: _device(device))
     output.status(f"verify: running {source} and {out} side by side")
     # Close enough for a bar: headers are a few kilobytes.
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with output.progress(nbytes, "verify") as progress:
         return verify(
-            folder, out, device=where, max_kl=max_kl, tokens=tokens, text=words, progress=progress
+            folder,
+            out,
+            device=where,
+            max_kl=max_kl,
+            tokens=tokens,
+            text=words,
+            progress=progress,
+            team=processes,
         )
+
+
+def _read_text(path: Path | None) -> str | None:
+    try:
+        return path.read_text("utf-8") if path is not None else None
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise RequantError(f"{path}: cannot read the text: {unreadable}") from unreadable
 
 
 def _judge(verdict: dict[str, Any], document: dict[str, Any], output: Output) -> None:

@@ -284,3 +284,66 @@ def test_the_demo_is_downloaded(tmp_path: Path) -> None:
         f"{len(hashes(tmp_path / 'b'))} files written to"
     )
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_shard_and_merge(tmp_path: Path) -> None:
+    plan = check(["plan", "demo", "--tp", 1, "--ep", 2], human=["tp=1 ep=2 pp=1", "rank 0"],
+                 json_keys=PLAN_KEYS | {"ranks"})  # fmt: skip
+    ranks = plan["ranks"]
+    assert sum(ranks["rank_bytes"]) == ranks["source_bytes"] + ranks["replicated_bytes"]
+    done = check(["shard", "demo", tmp_path / "ranks", "--tp", 1, "--ep", 2],
+                 human=["tp=1 ep=2"], json_keys=CONVERT_KEYS | {"ranks"})  # fmt: skip
+    sizes = [path.stat().st_size for path in (tmp_path / "ranks").rglob("*.safetensors")]
+    assert done["written_bytes"] == plan["written_bytes"] == sum(sizes)
+    check(["merge", tmp_path / "ranks", tmp_path / "whole"], json_keys=CONVERT_KEYS)
+    check(["inspect", tmp_path / "ranks"], json_keys=INSPECT_KEYS)
+    demo = Path(check(["plan", "demo", "--to", "bf16"])["source"])
+    for path in demo.iterdir():
+        assert (tmp_path / "whole" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_convert_and_cut_in_one_pass(tmp_path: Path) -> None:
+    check(["convert", "demo", tmp_path / "once", "--to", "bf16", "--ranks", 2], human=["tp=2 ep=2"])
+    check(["convert", "demo", tmp_path / "whole", "--to", "bf16"])
+    check(["shard", tmp_path / "whole", tmp_path / "twice", "--ranks", 2])
+    for path in (tmp_path / "once").rglob("*.safetensors"):
+        assert (
+            path.read_bytes()
+            == (tmp_path / "twice" / path.relative_to(tmp_path / "once")).read_bytes()
+        )
+
+
+def test_experts_by_their_load(tmp_path: Path) -> None:
+    config = json.loads(
+        (Path(check(["plan", "demo", "--to", "bf16"])["source"]) / "config.json").read_text()
+    )
+    loads = list(range(config["n_routed_experts"], 0, -1))
+    (tmp_path / "loads.json").write_text(json.dumps(loads))
+    placed = ["--tp", 1, "--ep", 2, "--expert-placement", tmp_path / "loads.json"]
+    plan = check(["plan", "demo", *placed, "--redundant-experts", 2])
+    assert plan["ranks"]["redundant_experts"] == 2
+    check(["shard", "demo", tmp_path / "ranks", *placed, "--redundant-experts", 2])
+    check(["merge", tmp_path / "ranks", tmp_path / "whole"])
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["shard", "demo", "OUT"], "give --ranks, or --tp, --ep or --pp"),
+        (["shard", "demo", "OUT", "--ranks", 2], "is not legal: model.layers.0.self_attn.q_b_proj"),
+        (["shard", "demo", "OUT", "--ranks", 3, "--ep", 2], "ranks 3, ep 2"),
+        (["shard", "demo", "OUT", "--ranks", 2, "--layout", "other"], "expected hf or deepseek"),
+        (["shard", "demo", "OUT", "--ep", 2, "--layout", "deepseek"], "takes --ranks and nothing"),
+        (["shard", "demo", "OUT", "--ep", 2, "--tp", 1, "--redundant-experts", 1], "load"),
+        (["plan", "demo"], "give either --to FORMAT or --recipe"),
+        (["plan", "demo", "--to", "bf16", "--replicate", "attention"], "no effect without --ranks"),
+        (["shard", "demo", "OUT", "--ep", 2, "--replicate", "norm"], "norm"),
+        (["convert", "demo", "OUT", "--to", "int4", "--ranks", 2], "is not legal"),
+        (["merge", "demo", "OUT"], "ranks.json"),
+        (["merge", "/no/where", "OUT"], "/no/where"),
+    ],
+)  # fmt: skip
+def test_cuts_that_are_refused(args: list[Any], error: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check([out if arg == "OUT" else arg for arg in args], exit=2, error=error)
+    assert not out.exists()

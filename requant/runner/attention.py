@@ -64,7 +64,10 @@ def attention(
     cache: LatentCache | None = None,
     form: AttentionForm = "auto",
 ) -> torch.Tensor:
-    """Causal attention of the tokens x [B, T, D] to themselves and to the cache -> [B, T, D]."""
+    """Causal attention of the tokens x [B, T, D] to themselves and to the cache -> [B, T, D].
+
+    H is the number of heads that this rank has: all, or those that its pieces are of.
+    """
     prefix = f"model.layers.{index}.self_attn."
     new = x.shape[1]
     start = cache.length(index) if cache is not None else 0
@@ -97,7 +100,7 @@ def queries(
         q = weights.linear(prefix + "q_b_proj", low)
     else:
         q = weights.linear(prefix + "q_proj", x)
-    q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+    q = q.unflatten(-1, (-1, config.qk_head_dim))
     q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
     return q_nope, q_rope
 
@@ -125,9 +128,9 @@ def expanded(
     """
     latent, k_rope = seen.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
     kv = weights.linear(prefix + "kv_b_proj", latent)
-    kv = kv.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+    kv = kv.unflatten(-1, (-1, config.qk_nope_head_dim + config.v_head_dim)).transpose(1, 2)
     k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-    shared = k_rope[:, None].expand(-1, config.num_attention_heads, -1, -1)
+    shared = k_rope[:, None].expand(-1, k_nope.shape[1], -1, -1)
     k = torch.cat((k_nope, shared), dim=-1)
     q = torch.cat((q_nope, q_rope), dim=-1)
     return attend_causally(q, k, v, softmax_scale(config))
@@ -143,7 +146,7 @@ def absorbed(
 ) -> torch.Tensor:
     """The same as `expanded`, attending to the latents: one key head of rank + rope for all."""
     kv_b = weights.get(prefix + "kv_b_proj.weight")
-    kv_b = kv_b.unflatten(0, (config.num_attention_heads, -1))
+    kv_b = kv_b.unflatten(0, (-1, config.qk_nope_head_dim + config.v_head_dim))
     to_key, to_value = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
     q = torch.cat((torch.einsum("bthn,hnr->bthr", q_nope, to_key), q_rope), dim=-1)
     k = seen[:, None]

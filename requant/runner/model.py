@@ -10,6 +10,7 @@ from requant.runner.attention import AttentionForm, attention, rms_norm
 from requant.runner.cache import LatentCache
 from requant.runner.config import ModelConfig
 from requant.runner.moe import feed_forward
+from requant.runner.ranks import Rank
 from requant.runner.shapes import check_shapes, mtp_layers
 from requant.runner.weights import DEFAULT_CACHE_BYTES, Weights
 
@@ -20,6 +21,10 @@ class Model:
     Weights stay on disk as they are stored and are decoded when a layer, or a token's expert, needs
     them; see `Weights` for the memory bound. `attention` forces one form of MLA; `auto` takes the
     cheaper one.
+
+    With a `rank`, the checkpoint is what that rank holds, and all ranks' processes call the same
+    methods in the same order with tensors of the same shapes. Hidden states are right in the stage
+    that made them (a layer fetches them from the one before), logits in the last and first.
     """
 
     def __init__(
@@ -28,13 +33,15 @@ class Model:
         device: torch.device | str = "cpu",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         attention: AttentionForm = "auto",
+        rank: Rank | None = None,
     ) -> None:
         self.config = ModelConfig.from_config(checkpoint.config)
-        check_shapes(checkpoint, self.config)
-        self.weights = Weights(checkpoint, device, cache_bytes)
+        self.rank = rank or Rank.alone(checkpoint.weights)
+        check_shapes(checkpoint, self.config, self.rank)
+        self.weights = Weights(checkpoint, device, cache_bytes, self.rank)
         self.attention: AttentionForm = attention
         #: Indices of the multi-token-prediction layers that the checkpoint holds.
-        self.mtp_layers = mtp_layers(checkpoint, self.config)
+        self.mtp_layers = mtp_layers(self.rank.names, self.config)
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +61,11 @@ class Model:
     def layer(self, index: int, x: torch.Tensor, cache: LatentCache | None = None) -> torch.Tensor:
         """One decoder layer, or the block of a prediction layer, [B, T, D] -> [B, T, D]."""
         prefix = self._prefix(index)
+        stage = self.rank.layer_stage(index) or 0
+        before = self.rank.layer_stage(index - 1)
+        x = self.rank.moved(x, stage if before is None else before, stage)
+        if self.rank.at != stage:
+            return x
         h = self._norm(prefix + "input_layernorm", x)
         x = x + attention(self.weights, self.config, index, h, cache, self.attention)
         h = self._norm(prefix + "post_attention_layernorm", x)
@@ -93,7 +105,11 @@ class Model:
         """
         prefix = self._prefix(index)
         own = prefix + "embed_tokens.weight"
-        e = self._embed(own if self.weights.has(own) else "model.embed_tokens.weight", next_ids)
+        name = own if self.weights.has(own) else "model.embed_tokens.weight"
+        e = self._embed(name, next_ids)
+        e = self.rank.moved(e, self.rank.stage_of(name), self.rank.last)
+        if self.rank.at != self.rank.last:
+            return e
         pair = (self._norm(prefix + "enorm", e), self._norm(prefix + "hnorm", hidden))
         return self.weights.linear(prefix + "eh_proj", torch.cat(pair, dim=-1))
 
@@ -114,11 +130,17 @@ class Model:
         return f"model.layers.{index}."
 
     def _norm(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        if self.rank.stage_of(module + ".weight") != self.rank.at:
+            return x
         return rms_norm(x, self.weights.get(module + ".weight"), self.config.rms_norm_eps)
 
     def _head(self, module: str, x: torch.Tensor) -> torch.Tensor:
-        tied = not self.weights.has(module + ".weight")
-        return self.weights.linear("model.embed_tokens" if tied else module, x)
+        if self.rank.at == self.rank.last:
+            tied = not self.weights.has(module + ".weight")
+            logits = self.weights.joined("model.embed_tokens" if tied else module, x)
+        else:
+            logits = x.new_empty(*x.shape[:-1], self._vocabulary)
+        return self.rank.moved(logits, self.rank.last, 0)
 
     def _embed(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         if ids.numel() and not 0 <= (low := int(ids.min())) <= int(ids.max()) < self._vocabulary:
@@ -127,6 +149,8 @@ class Model:
                 f"{self.weights.checkpoint.path}: token {worst} is outside its vocabulary of "
                 f"{self._vocabulary}; use the tokenizer that belongs to the checkpoint"
             )
+        if self.rank.at != self.rank.stage_of(name):
+            return torch.zeros(*ids.shape, self.config.hidden_size, device=self.device)
         return self.weights.rows(name, ids.to(self.device))
 
     @property

@@ -36,10 +36,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
-def mlp(weights: Weights, prefix: str, x: torch.Tensor) -> torch.Tensor:
-    """down(swiglu(gate(x), up(x))) with the three projections under `prefix`."""
+def mlp(weights: Weights, prefix: str, x: torch.Tensor, whole: bool = True) -> torch.Tensor:
+    """down(swiglu(gate(x), up(x))) with the three projections under `prefix`.
+
+    Unless `whole`, only this rank's part of the sum over the inner columns.
+    """
     gate, up = weights.linear(prefix + "gate_proj", x), weights.linear(prefix + "up_proj", x)
-    return weights.linear(prefix + "down_proj", swiglu(gate, up))
+    down = weights.linear if whole else weights.partial
+    return down(prefix + "down_proj", swiglu(gate, up))
 
 
 def shared_experts(weights: Weights, prefix: str, x: torch.Tensor) -> torch.Tensor:
@@ -54,14 +58,21 @@ def experts(
 ) -> torch.Tensor:
     """Sum of each token's chosen experts: x [N, D], chosen and shares [N, k] -> [N, D].
 
-    One expert at a time, in ascending order; an expert that no token chose is never decoded.
+    One expert at a time, in ascending order; an expert that no token chose is never decoded. A rank
+    runs those it has; where several have the same one, its tokens take turns.
     """
     y = torch.zeros_like(x)
     for expert in torch.unique(chosen).tolist():
+        turn = weights.rank.turn(f"{prefix}experts.{expert}.down_proj.weight")
+        if turn is None:
+            continue
+        number, copies = turn
         token, slot = torch.where(chosen == expert)
-        out = mlp(weights, f"{prefix}experts.{expert}.", x[token])
+        ours = token % copies == number
+        token, slot = token[ours], slot[ours]
+        out = mlp(weights, f"{prefix}experts.{expert}.", x[token], whole=False)
         y.index_add_(0, token, out * shares[token, slot, None])
-    return y
+    return weights.rank.stage.sum(y)
 
 
 def selection_bias(weights: Weights, prefix: str) -> torch.Tensor | None:

@@ -1,4 +1,7 @@
-"""Weights as the model asks for them: float32, decoded when needed, kept while they fit."""
+"""Weights as the model asks for them: float32, decoded when needed, kept while they fit.
+
+Of a model that several processes run, each has its own pieces; what they give is put together here.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch.nn import functional
 
 from requant.convert.source import Checkpoint, iter_tiles
 from requant.errors import CheckpointError
+from requant.runner.ranks import Rank
 
 DEFAULT_CACHE_BYTES = 4 << 30
 
@@ -32,19 +36,21 @@ class Weights:
         checkpoint: Checkpoint,
         device: torch.device | str = "cpu",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        rank: Rank | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.rank = rank or Rank.alone(checkpoint.weights)
         self.device = torch.device(device)
         self.cache_bytes = cache_bytes
         self.cached_bytes = 0
         self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a tensor of this name."""
-        return name in self.checkpoint.weights
+        """Whether the model has a tensor of this name, here or on another rank."""
+        return name in self.rank.names
 
     def get(self, name: str) -> torch.Tensor:
-        """The whole tensor, decoded. Raises CheckpointError when there is none."""
+        """The whole of what is held of a tensor, decoded. Raises CheckpointError for none."""
         if name in self._cache:
             self._cache.move_to_end(name)
             return self._cache[name]
@@ -62,10 +68,19 @@ class Weights:
         return tensor
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` [...] of a matrix [rows, cols] -> [..., cols].
+        """Rows `ids` [...] of a matrix [rows, cols] -> [..., cols], whichever rank has them.
 
         Only they are decoded if it is not kept: the embedding of DeepSeek-V3 is 3.7 GB.
         """
+        axis, start, stop = self.rank.span(name)
+        if axis is None:
+            return self._own_rows(name, ids)
+        elsewhere = (ids < start) | (ids >= stop)
+        own = self._own_rows(name, (ids - start).clamp(0, stop - start - 1))
+        return self.rank.tensor.sum(own.masked_fill(elsewhere[..., None], 0.0))
+
+    def _own_rows(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of what is held."""
         if self._is_kept(name):
             return functional.embedding(ids, self.get(name))
         weight = self.checkpoint.weights[name]
@@ -84,10 +99,26 @@ class Weights:
     def linear(self, module: str, x: torch.Tensor) -> torch.Tensor:
         """Apply `<module>.weight` [out, in], and `<module>.bias` if there is one, to x [..., in].
 
+        Of a weight cut by rows, the rank's part of the outputs; of one cut by columns, x is its
+        part of the inputs, and the result the sum of what all of them give.
+        """
+        y = self.partial(module, x)
+        return self.rank.tensor.sum(y) if self.rank.span(f"{module}.weight").axis == 1 else y
+
+    def joined(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        """`linear`, with all outputs, also of a weight that is cut by rows."""
+        y = self.linear(module, x)
+        return self.rank.tensor.join(y) if self.rank.span(f"{module}.weight").axis == 0 else y
+
+    def partial(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        """`linear` before the sum; the bias is in what the first columns give.
+
         A weight that is not kept is decoded and multiplied tile by tile.
         """
         name = f"{module}.weight"
-        bias = self.get(f"{module}.bias") if self.has(f"{module}.bias") else None
+        axis, start, _ = self.rank.span(name)
+        biased = self.has(f"{module}.bias") and (axis != 1 or start == 0)
+        bias = self.get(f"{module}.bias") if biased else None
         if self._is_kept(name):
             return functional.linear(x, self.get(name), bias)
         y = torch.cat([functional.linear(x, tile) for tile in self._tiles(name)], dim=-1)
@@ -107,6 +138,6 @@ class Weights:
 
     def _nbytes(self, name: str) -> int:
         """Bytes of a tensor once decoded."""
-        if not self.has(name):
+        if name not in self.checkpoint.weights:
             raise CheckpointError(f"{self.checkpoint.path}: has no tensor {name}")
         return 4 * math.prod(self.checkpoint.weights[name].shape)

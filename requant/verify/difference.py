@@ -1,4 +1,5 @@
-"""How much two stored weights differ: bit for bit, else decoded, tile by tile.
+"""How much two stored weights differ: bit for bit, else decoded, tile by tile. The output may be a
+piece of a weight, which is compared with these rows or columns of the source's.
 
 SQNR is 10 log10(sum of squares of the source / sum of squares of the difference), in dB.
 """
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from requant.convert.fused import StoredPart
+from requant.convert.rank_folders import WHOLE, Span
 from requant.convert.source import Checkpoint, StoredWeight, iter_tiles
+from requant.quant.cutting import cut_rows, plan_cut
 
 #: Elements of each side decoded at a time: 8 MiB in float32.
 TILE_ELEMENTS = 1 << 21
@@ -53,11 +56,12 @@ def measure(
     output: Checkpoint,
     theirs: StoredWeight,
     device: torch.device | str = "cpu",
+    span: Span = WHOLE,
     first_rows: int | None = None,
 ) -> Difference:
-    """Compare two weights of the same shape, or only about their `first_rows`."""
+    """Compare `span` of one weight with another of its shape, or only about the `first_rows`."""
     total = Difference()
-    for a, b in _pairs(source, ours, output, theirs, device, first_rows):
+    for a, b in _pairs(source, ours, output, theirs, device, span, first_rows):
         total = Difference(
             total.signal + squares(a), total.energy + squares(b), total.noise + squares(a - b)
         )
@@ -70,10 +74,11 @@ def count(
     output: Checkpoint,
     theirs: StoredWeight,
     device: torch.device | str = "cpu",
+    span: Span = WHOLE,
 ) -> Counts:
     """Count what is wrong, for the message; `measure` is faster and comes first."""
     total = Counts()
-    for a, b in _pairs(source, ours, output, theirs, device):
+    for a, b in _pairs(source, ours, output, theirs, device, span):
         total = Counts(
             total.different + int((a != b).sum()),
             total.source_not_finite + int((~torch.isfinite(a)).sum()),
@@ -83,11 +88,17 @@ def count(
 
 
 def same_bytes(
-    source: Checkpoint, ours: StoredWeight, output: Checkpoint, theirs: StoredWeight
+    source: Checkpoint,
+    ours: StoredWeight,
+    output: Checkpoint,
+    theirs: StoredWeight,
+    span: Span = WHOLE,
 ) -> bool:
     """Whether both store the same parts in the same bytes, to be read by the same codec."""
     if ours.codec != theirs.codec or ours.parts.keys() != theirs.parts.keys():
         return False
+    if span.axis is not None:
+        return _same_piece(source, ours, output, theirs, span)
     pairs = [(part, theirs.parts[key]) for key, part in ours.parts.items()]
     if any((a.spec.dtype, a.spec.shape) != (b.spec.dtype, b.spec.shape) for a, b in pairs):
         return False
@@ -96,6 +107,38 @@ def same_bytes(
         for a, b in pairs
         for left, right in zip(_chunks(source, a), _chunks(output, b), strict=True)
     )
+
+
+def _same_piece(
+    source: Checkpoint, ours: StoredWeight, output: Checkpoint, theirs: StoredWeight, span: Span
+) -> bool:
+    """The same for a piece, all of whose parts were copied; False where one was rewritten."""
+    assert span.axis is not None
+    if any(part.strides or part.pieces for part in ours.parts.values()):
+        return False
+    cuts = None
+    if ours.codec is not None:
+        rows, cols = ours.shape
+        cuts = plan_cut(ours.codec, (rows, cols), span.axis, span.start, span.stop)
+    for name, part in ours.parts.items():
+        piece = theirs.parts[name]
+        cut = cuts[name] if cuts else cut_rows(part.spec, span.start, span.stop)
+        expected, found = cut.spec, piece.spec
+        alike = (expected.dtype, expected.shape) == (found.dtype, found.shape)
+        if cut.rewritten or not alike:
+            return False
+        pitch, lines, (left, right) = 1, (0, part.spec.nbytes), (0, 1)
+        if cut.patch is not None:
+            pitch, lines, (left, right) = cut.patch.pitch, cut.patch.lines, cut.patch.span
+        step = max(1, CHUNK_BYTES // pitch)
+        for first in range(*lines, step):
+            last = min(first + step, lines[1])
+            a = source.read_bytes(part, first * pitch, last * pitch).view(-1, pitch)
+            at = (first - lines[0]) * (right - left)
+            b = output.read_bytes(piece, at, at + (last - first) * (right - left))
+            if not torch.equal(a[:, left:right], b.view(-1, right - left)):
+                return False
+    return True
 
 
 def _chunks(checkpoint: Checkpoint, part: StoredPart) -> Iterator[torch.Tensor]:
@@ -113,18 +156,23 @@ def _pairs(
     output: Checkpoint,
     theirs: StoredWeight,
     device: torch.device | str,
+    span: Span = WHOLE,
     first_rows: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same tiles of both, in float32 [rows, cols], of all rows or of about the first ones."""
     alignment = math.lcm(ours.row_alignment, theirs.row_alignment)
-    rows = ours.shape[0] if ours.shape else 1
+    rows = theirs.shape[0] if theirs.shape else 1
     if first_rows is not None:
         rows = min(rows, -(-first_rows // alignment) * alignment)
     cols = math.prod(ours.shape[1:])
+    shift = span.start if span.axis == 0 else 0
+    columns = slice(span.start, span.stop) if span.axis == 1 else slice(None)
     for start, stop in iter_tiles(rows, cols, alignment, TILE_ELEMENTS):
-        a = source.decode_rows(ours, start, stop, device)
+        # A piece may begin where the source, in another format, has no tile's first row.
+        first = (start + shift) // ours.row_alignment * ours.row_alignment
+        a = source.decode_rows(ours, first, stop + shift, device)[start + shift - first :]
         b = output.decode_rows(theirs, start, stop, device)
-        yield a.view(stop - start, -1), b.view(stop - start, -1)
+        yield a.reshape(stop - start, -1)[:, columns], b.view(stop - start, -1)
 
 
 def squares(values: torch.Tensor) -> float:

@@ -17,6 +17,8 @@ def render(verdict: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_summary(verdict)]
     if verdict["layers"]:
         parts += [Text(), _layers(verdict)]
+    if verdict["ranks"]:
+        parts += [Text(), _ranks(verdict)]
     if verdict["tensors"]["worst"]:
         parts += [Text(), _worst(verdict)]
     if verdict["problems"]:
@@ -73,10 +75,20 @@ def _layers(verdict: Mapping[str, Any]) -> Table:
     return table
 
 
+def _ranks(verdict: Mapping[str, Any]) -> Table:
+    table = _table("rank", "weights", "bit-identical", "wrong", "first in layer")
+    for rank in verdict["ranks"]:
+        first = "" if rank["first_layer"] is None else str(rank["first_layer"])
+        counts = (str(rank[key]) for key in ("rank", "checked", "identical", "wrong"))
+        table.add_row(*counts, first)
+    return table
+
+
 def _worst(verdict: Mapping[str, Any]) -> Table:
     table = _table("SQNR", "worst weights")
     for weight in verdict["tensors"]["worst"]:
-        table.add_row(f"{weight['sqnr_db']:.1f} dB", weight["name"])
+        where = f" (rank {weight['rank']})" if "rank" in weight else ""
+        table.add_row(f"{weight['sqnr_db']:.1f} dB", weight["name"] + where)
     return table
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from requant.convert.names import TensorName
+from requant.convert.rank_folders import WHOLE, Span
 from requant.convert.source import Checkpoint, StoredWeight
 from requant.quant import CODECS, Codec
 from requant.quant.plain import Plain
@@ -23,13 +24,22 @@ _SIBLINGS = {"gate_proj": "up_proj", "up_proj": "gate_proj", "w1": "w3", "w3": "
 
 @dataclass(frozen=True)
 class WeightCheck:
-    """What comparing one weight gave. `codec` reads the output's; `problem` is a sentence."""
+    """What comparing one weight gave. `codec` reads the output's; `problem` is a sentence.
+
+    `rank`: who holds it, or a piece of it; None in a checkpoint that is whole.
+    """
 
     name: str
     codec: Codec | None
     identical: bool = False
     difference: Difference | None = None
     problem: str | None = None
+    rank: int | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """The layer that it lies in, if any."""
+        return TensorName.parse(self.name).layer
 
     @property
     def sqnr_db(self) -> float | None:
@@ -48,41 +58,57 @@ def compare_weight(
     name: str,
     device: torch.device | str = "cpu",
     search: bool = True,
+    rank: int | None = None,
+    span: Span = WHOLE,
 ) -> WeightCheck:
-    """Compare a weight that both hold in the same shape; memory is two tiles.
+    """Compare a weight that both hold in the same shape; memory is two tiles. Of a weight on a
+    `rank`, which holds `span` of it and was not encoded again in the same format, every value must
+    be equal.
 
     `search` looks for the weight that a wrong one resembles, to name a mix-up.
     """
     ours, theirs = source.weights[name], output.weights[name]
-    if same_bytes(source, ours, output, theirs):
-        return WeightCheck(name, theirs.codec, identical=True, problem=_shape_problem(output, name))
-    difference = measure(source, ours, output, theirs, device)
+
+    def checked(problem: str | None, difference: Difference | None = None) -> WeightCheck:
+        problem = problem or _shape_problem(output, name)
+        if problem is not None and rank is not None:
+            problem = f"rank {rank}: {problem}"
+        return WeightCheck(name, theirs.codec, difference is None, difference, problem, rank)
+
+    if same_bytes(source, ours, output, theirs, span):
+        return checked(None)
+    difference = measure(source, ours, output, theirs, device, span)
 
     def counted() -> Counts:
-        return count(source, ours, output, theirs, device)
+        return count(source, ours, output, theirs, device, span)
 
     def hint() -> str:
-        match = resembles(source, output, name, device) if search else None
+        match = resembles(source, output, name, device, span) if search else None
         return f"; it looks swapped with {match}" if match else ""
 
-    problem = _judge(ours, theirs, difference, counted, output, hint)
-    problem = problem or _shape_problem(output, name)
-    return WeightCheck(name, theirs.codec, difference=difference, problem=problem)
+    if span.axis is not None and difference.noise == 0:  # parts of a piece may be written anew
+        return checked(None, difference)
+    copied = rank is not None and ours.format == theirs.format
+    return checked(_judge(ours, theirs, difference, counted, output, hint, copied), difference)
 
 
 def resembles(
-    source: Checkpoint, output: Checkpoint, name: str, device: torch.device | str = "cpu"
+    source: Checkpoint,
+    output: Checkpoint,
+    name: str,
+    device: torch.device | str = "cpu",
+    span: Span = WHOLE,
 ) -> str | None:
     """The source's weight that the output stores under `name` instead, if one is found.
 
     Looks at the first rows of the gate/up sibling, of other experts, and of other layers.
     """
-    theirs = output.weights[name]
+    theirs, shape = output.weights[name], source.weights[name].shape
     limit = minimum_sqnr_db(theirs)
     for other in _candidates(source, name):
-        if other == name or source.weights[other].shape != theirs.shape:
+        if other == name or source.weights[other].shape != shape:
             continue
-        found = measure(source, source.weights[other], output, theirs, device, SEARCH_ROWS)
+        found = measure(source, source.weights[other], output, theirs, device, span, SEARCH_ROWS)
         sqnr = found.sqnr_db
         equal = found.noise == 0 < found.signal
         if equal or (limit is not None and sqnr is not None and sqnr >= limit):
@@ -103,6 +129,7 @@ def _judge(
     counted: Callable[[], Counts],
     output: Checkpoint,
     hint: Callable[[], str],
+    copied: bool,
 ) -> str | None:
     """The sentence about what is wrong with a weight that is not bit-identical, or None."""
     name, elements = theirs.name, math.prod(theirs.shape)
@@ -121,7 +148,7 @@ def _judge(
     if found.noise == 0 and ours.format != theirs.format:
         return None
     sqnr = "only in their bits" if found.sqnr_db is None else f"SQNR {found.sqnr_db:.1f} dB"
-    if _must_be_identical(ours, theirs):
+    if copied or _must_be_identical(ours, theirs):
         return (
             f"{name}: {theirs.kind} was to be kept bit-identical ({ours.format} in the source, "
             f"{theirs.format} in the output), but {counted().different} of {elements} values "

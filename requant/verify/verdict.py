@@ -16,6 +16,9 @@ WORST = 10
 MAX_PROBLEMS = 100
 #: KL limit of an output that changes no value.
 EXACT_MAX_KL = 1e-5
+#: Relative error of a layer that ranks run with the source's values: only sums are in another
+#: order. A token whose experts are nearly tied may choose others, one in thousands.
+SAME_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,73 @@ class Measurements:
 
 
 def default_max_kl(checks: list[WeightCheck]) -> float | None:
-    """The largest limit of the formats that changed a value; None where nothing was compared."""
+    """The largest limit of the formats that changed a value; None where nothing was compared. On
+    ranks, what is wrong is damage, no format's doing."""
     if not checks:
         return None
-    limits = (check.codec.tolerance.max_kl for check in checks if check.codec and check.lossy)
+    lossy = (c for c in checks if c.lossy and not (c.rank is not None and c.problem))
+    limits = (check.codec.tolerance.max_kl for check in lossy if check.codec)
     return max(limits, default=EXACT_MAX_KL)
 
 
 def problems_of(found: Measurements, limit: float | None) -> Iterator[str]:
     """What is wrong with the numbers, a sentence each."""
+    problems = list(_problems(found, limit))
+    if problems:
+        yield from _where_ranks_differ(found)
+    yield from problems
+
+
+def _where_ranks_differ(found: Measurements) -> Iterator[str]:
+    """Of ranks: which one, and from which layer on. Nothing of a checkpoint that is whole."""
+    wrong: dict[int, list[WeightCheck]] = {}
+    for check in found.checks:
+        if check.rank is not None and check.problem:
+            wrong.setdefault(check.rank, []).append(check)
+    for rank, checks in sorted(wrong.items()):
+        first = _first_layer(checks)
+        many = "1 weight differs" if len(checks) == 1 else f"{len(checks)} weights differ"
+        where = "outside of the layers" if first is None else f"first in layer {first}"
+        yield f"rank {rank}: {many} from the source's, {where}"
+    if any(check.lossy and not check.problem for check in found.checks):
+        return  # every layer of quantized weights differs
+    for layer in found.layers:
+        errors = layer.ranks or {}
+        differ = [n for n, error in errors.items() if error is None or error > SAME_ERROR]
+        if differ:
+            error = layer.relative_error
+            told = "not finite" if error is None else f"relative error {error:.3g}"
+            if len(differ) < len(errors):
+                told += f" on rank {', '.join(map(str, differ))}"
+            yield f"layer {layer.layer}: the first whose hidden state differs ({told})"
+            return
+
+
+def _first_layer(checks: Iterable[WeightCheck]) -> int | None:
+    """The first layer that one of the weights lies in."""
+    return min((check.layer for check in checks if check.layer is not None), default=None)
+
+
+def rank_reports(checks: list[WeightCheck]) -> list[dict[str, Any]]:
+    """What was found of each rank, nothing of a checkpoint that is whole; `first_layer` is the
+    first with a wrong weight."""
+    by_rank: dict[int, list[WeightCheck]] = {}
+    for check in checks:
+        if check.rank is not None:
+            by_rank.setdefault(check.rank, []).append(check)
+    return [
+        {
+            "rank": rank,
+            "checked": len(own),
+            "identical": sum(check.identical for check in own),
+            "wrong": sum(check.problem is not None for check in own),
+            "first_layer": _first_layer(check for check in own if check.problem),
+        }
+        for rank, own in sorted(by_rank.items())
+    ]
+
+
+def _problems(found: Measurements, limit: float | None) -> Iterator[str]:
     yield from (check.problem for check in found.checks if check.problem)
     yield from (check.problem for check in found.layers if check.problem)
     for what, sums in (("KL", found.sums), ("KL of the MTP layers", found.mtp)):
@@ -84,13 +145,17 @@ def numbers(found: Measurements, limit: float | None) -> dict[str, Any]:
 
 
 def _tensors(checks: list[WeightCheck]) -> dict[str, Any]:
-    """`exact`: stored differently, yet every value equal. `worst`: lowest SQNR first."""
-    measured = [(c.sqnr_db, c.name) for c in checks if c.sqnr_db is not None]
+    """`exact`: stored differently, yet every value equal. `worst`: lowest SQNR first. Of ranks,
+    what each holds of a weight counts by itself."""
+    measured = [(c.sqnr_db, c.name, c.rank) for c in checks if c.sqnr_db is not None]
     return {
         "checked": len(checks),
         "identical": sum(check.identical for check in checks),
         "exact": sum(not check.identical and not check.lossy for check in checks),
-        "worst": [{"name": name, "sqnr_db": sqnr} for sqnr, name in sorted(measured)[:WORST]],
+        "worst": [
+            {"name": name, "sqnr_db": sqnr, **({} if rank is None else {"rank": rank})}
+            for sqnr, name, rank in sorted(measured)[:WORST]
+        ],
     }
 
 

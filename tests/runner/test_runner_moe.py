@@ -11,6 +11,7 @@ import torch
 from runner_references import Reference, sizes
 
 from requant.runner import moe
+from requant.runner.ranks import Rank
 from requant.runner.weights import Weights
 
 
@@ -20,6 +21,7 @@ class Table(Weights):
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
         self.asked: list[str] = []
+        self.rank = Rank.alone(tensors)
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -28,7 +30,7 @@ class Table(Weights):
         self.asked.append(name)
         return self.tensors[name]
 
-    def linear(self, module: str, x: torch.Tensor) -> torch.Tensor:
+    def partial(self, module: str, x: torch.Tensor) -> torch.Tensor:
         return x @ self.get(f"{module}.weight").T
 
 
