@@ -320,7 +320,7 @@ def test_a_cut_that_was_interrupted_anywhere_goes_on(
     assert (halfway > 0) == (layout == "deepseek")
 
 
-def test_what_deepseeks_script_wrote_is_put_together(
+def test_deepseeks_layout_is_what_its_script_writes_and_is_put_together(
     stored: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Ranks written here by the rules of its convert.py, without anything of requant."""
@@ -351,6 +351,9 @@ def test_what_deepseeks_script_wrote_is_put_together(
                 tensor = tensor.chunk(4, dim)[rank].contiguous()
             state[new] = tensor
         save_file(state, ranks / f"model{rank}-mp4.safetensors")
+    ours = cut(source, Parallel(4, 4), tmp_path / "ours", "deepseek")
+    for file in sorted(ranks.iterdir()):
+        assert load_bytes(ours / file.name) == load_bytes(file), file.name
     merged = run(merge(ranks, source / "config.json"), tmp_path / "merged")
     found = {n: t for file in merged.glob("*.safetensors") for n, t in load_file(file).items()}
     assert found.keys() == main.keys()
