@@ -15,34 +15,20 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from child import options_parser, requant, say
 from floor import drop_cache, read_seconds, write_seconds
 from synthetic import make_checkpoint
 from table import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("bf16", "fp8-block", "int8-channel", "int4", "mxfp4", "nvfp4")
 #: Sources, and the bytes of each for a byte of the FP8 checkpoint that it is made from.
 SOURCES = {"fp8-block": 1.0, "bf16": 2.0, "mxfp4": 17 / 32}
 #: What convert reports of its own peak memory may lie this far below what the kernel saw.
 RSS_SLACK = 0.05
-
-
-@dataclass(frozen=True)
-class Child:
-    """What a child process printed and took."""
-
-    document: dict[str, Any]
-    wall_seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +57,11 @@ def main() -> None:
     results = []
     for size_gb in sizes:
         for stored in options.sources or SOURCES:
-            _say(f"source of {size_gb:g} GB in {stored}")
+            say(f"source of {size_gb:g} GB in {stored}")
             source = make_source(options.dir, stored, size_gb)
             read_floor = read_seconds(_weight_files(source))
             for target in options.to or TARGETS:
-                _say(f"{source.name} -> {target}")
+                say(f"{source.name} -> {target}")
                 runs = (
                     _measure(source, stored, options.dir, target, read_floor)
                     for _ in range(options.repeat)
@@ -89,10 +75,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    folder = Path(tempfile.gettempdir(), "requant-bench")
-    parser.add_argument("--size-gb", type=float, default=8, help="size of the source (8)")
-    parser.add_argument("--dir", type=Path, default=folder, help=f"working folder ({folder})")
+    parser = options_parser(__doc__, size_gb=8)
     parser.add_argument(
         "--from", action="append", dest="sources", metavar="FORMAT", help=", ".join(SOURCES)
     )
@@ -104,10 +87,7 @@ def _options() -> argparse.Namespace:
         help="several sizes instead of one: memory must stay flat",
     )
     parser.add_argument("--repeat", type=int, default=1, help="keep the best of so many (1)")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    options = parser.parse_args()
-    options.dir = options.dir.resolve()
-    return options
+    return parser.parse_args()
 
 
 def make_source(folder: Path, stored: str, size_gb: float) -> Path:
@@ -159,28 +139,6 @@ def _measure(
     )
 
 
-def requant(*arguments: str) -> Child:
-    """Run requant with --json. The kernel counts this process's memory at the fork into the child's
-    peak, so torch is not imported here."""
-    command = [sys.executable, "-m", "requant", *arguments, "--json"]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    with process.stdout as stdout:
-        printed = stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
-    return Child(
-        document=json.loads(printed),
-        wall_seconds=seconds,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        peak_rss_bytes=usage.ru_maxrss * 1024,
-    )
-
-
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
@@ -197,10 +155,6 @@ def _row(result: Result) -> dict[str, str]:
         "CPU s": f"{result.cpu_seconds:.1f}",
         "peak RSS MB": f"{result.peak_rss_bytes / 1e6:.0f}",
     }
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

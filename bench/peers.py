@@ -11,18 +11,17 @@ without iterations. All start with the source out of the page cache; only requan
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from convert import SOURCES, make_source, requant
+from child import options_parser, requant, run, say
+from convert import SOURCES, make_source
 from floor import drop_cache
 from table import markdown
 
@@ -87,13 +86,9 @@ class Result:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    folder = Path(tempfile.gettempdir(), "requant-bench")
-    parser.add_argument("--size-gb", type=float, default=4, help="size of the FP8 source (4)")
-    parser.add_argument("--dir", type=Path, default=folder, help=f"working folder ({folder})")
+    parser = options_parser(__doc__, size_gb=4)
     parser.add_argument("--python", default=sys.executable, help="the peers' interpreter")
     parser.add_argument("--only", default="", help="pairs whose text, `bf16 -> int4`, holds this")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
     results = []
     for pair in PAIRS:
@@ -101,11 +96,11 @@ def main() -> None:
             continue
         if subprocess.run([options.python, "-c", f"import {pair.package}"], check=False,
                           capture_output=True).returncode:  # fmt: skip
-            _say(f"{pair.tool} is not installed for {options.python}: left out")
+            say(f"{pair.tool} is not installed for {options.python}: left out")
             continue
         size_gb = options.size_gb * SOURCES[pair.source]
         source = make_source(options.dir, pair.source, size_gb)
-        _say(f"{pair.source} -> {pair.target}: {pair.tool}, then requant")
+        say(f"{pair.source} -> {pair.target}: {pair.tool}, then requant")
         results.append(_measure(pair, source, options.dir, options.python))
     if options.json:
         print(json.dumps([asdict(result) for result in results]))
@@ -117,7 +112,8 @@ def _measure(pair: Pair, source: Path, folder: Path, python: str) -> Result:
     workers = str(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory(prefix="peer-", dir=folder) as out:
         drop_cache(sorted(source.glob("*.safetensors")))
-        seconds, peak = _run([python, "-c", pair.program, str(source), out, workers])
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        theirs = run([python, "-c", pair.program, str(source), out, workers], environment)
     with tempfile.TemporaryDirectory(prefix="out-", dir=folder) as out:
         drop_cache(sorted(source.glob("*.safetensors")))
         ours = requant("convert", str(source), out, "--to", pair.target)
@@ -125,27 +121,12 @@ def _measure(pair: Pair, source: Path, folder: Path, python: str) -> Result:
         source=pair.source,
         target=pair.target,
         tool=pair.tool,
-        tool_seconds=seconds,
-        tool_peak_rss_bytes=peak,
+        tool_seconds=theirs.wall_seconds,
+        tool_peak_rss_bytes=theirs.peak_rss_bytes,
         requant_seconds=ours.wall_seconds,
         requant_peak_rss_bytes=ours.peak_rss_bytes,
-        times_faster=seconds / ours.wall_seconds,
+        times_faster=theirs.wall_seconds / ours.wall_seconds,
     )
-
-
-def _run(command: list[str]) -> tuple[float, int]:
-    """Wall seconds of a child process, and its peak memory in bytes."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as words:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            words.seek(0)
-            raise SystemExit(words.read().decode(errors="replace")[-3000:])
-    return seconds, usage.ru_maxrss * 1024
 
 
 def _row(result: Result) -> dict[str, str]:
@@ -158,10 +139,6 @@ def _row(result: Result) -> dict[str, str]:
         "tool RSS MB": f"{result.tool_peak_rss_bytes / 1e6:.0f}",
         "requant RSS MB": f"{result.requant_peak_rss_bytes / 1e6:.0f}",
     }
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

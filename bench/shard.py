@@ -8,14 +8,14 @@ is read, and writes files of the sizes that are written.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from convert import make_source, requant
+from child import options_parser, requant
+from convert import make_source
 from floor import drop_cache, read_seconds, write_seconds
 from table import markdown
 
@@ -35,13 +35,9 @@ class Result:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    folder = Path(tempfile.gettempdir(), "requant-bench")
-    parser.add_argument("--size-gb", type=float, default=8, help="size of the source (8)")
+    parser = options_parser(__doc__, size_gb=8)
     parser.add_argument("--ranks", type=int, default=16, help="GPUs to cut for (16)")
     parser.add_argument("--ep", type=int, default=8, help="groups of experts (8)")
-    parser.add_argument("--dir", type=Path, default=folder, help=f"working folder ({folder})")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     options = parser.parse_args()
     source = make_source(options.dir, "fp8-block", options.size_gb)
     with tempfile.TemporaryDirectory(prefix="ranks-", dir=options.dir) as place:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -42,28 +43,33 @@ def runtime(
     wanted = workers or max(1, min(_cores() // local_processes(), MAX_WORKERS))
     if ram is None:
         return Runtime(device, wanted, WINDOWS, team)
-    for count in range(wanted, 0, -1):
-        if needed_bytes(plan, count, MIN_WINDOWS) <= ram:
-            spare = ram - needed_bytes(plan, count, MIN_WINDOWS)
-            windows = min(MIN_WINDOWS + spare // WINDOW_BYTES, MAX_WINDOWS)
+    sizes = _sizes(plan)
+    for count in range(wanted, 0, -1) if workers is None else [wanted]:
+        least = _needed(plan, sizes, count, MIN_WINDOWS)
+        if least <= ram:
+            windows = min(MIN_WINDOWS + (ram - least) // WINDOW_BYTES, MAX_WINDOWS)
             return Runtime(device, count, windows, team)
-        if workers is not None:
-            break
-    fewest = workers or 1
-    least = needed_bytes(plan, fewest, MIN_WINDOWS)
     raise RequantError(
-        f"--ram: {size(ram)} are too few, {size(least)} are needed with --workers {fewest} "
+        f"--ram: {size(ram)} are too few, {size(least)} are needed with --workers {count} "
         f"({size(_now())} of them by Python and torch); give more"
     )
 
 
 def needed_bytes(plan: Plan, workers: int, windows: int) -> int:
     """Memory of this process while it converts, in bytes, at most."""
-    files = max(len(stage.sources) for group in plan.groups for stage in group.stages)
-    count, nbytes = windows_of(files, windows)
-    reading = max(files, 1) * (count + UNHASHED + 1) * nbytes
-    together = max(len(group.files) for group in plan.groups)
-    writing = writer.WINDOW_BYTES + together * math.prod(writer.windows_of(together))
+    return _needed(plan, _sizes(plan), workers, windows)
+
+
+class _Sizes(NamedTuple):
+    """Elements of the largest tile and piece that are computed, and bytes of what is written after
+    the rest of its weight."""
+
+    tile: int
+    piece: int
+    held: int
+
+
+def _sizes(plan: Plan) -> _Sizes:
     tile = piece = held = 0
     for weight in plan.weights:
         if weight.codec is None:
@@ -71,9 +77,18 @@ def needed_bytes(plan: Plan, workers: int, windows: int) -> int:
         tile = max(tile, steps.largest(weight, steps.TILE_ELEMENTS))
         piece = max(piece, steps.largest(weight, steps.CHUNK_ELEMENTS))
         parts = weight.specs.items()
-        held = max(held, 2 * sum(s.nbytes for p, s in parts if p != weight.streamed))
-    computing = workers * tile * TILE_BYTES + (2 * workers + 2) * piece * PIECE_BYTES
-    return _now() + reading + writing + computing + held
+        held = max(held, sum(s.nbytes for p, s in parts if p != weight.streamed))
+    return _Sizes(tile, piece, held)
+
+
+def _needed(plan: Plan, sizes: _Sizes, workers: int, windows: int) -> int:
+    files = max(len(stage.sources) for group in plan.groups for stage in group.stages)
+    count, nbytes = windows_of(files, windows)
+    reading = max(files, 1) * (count + UNHASHED + 1) * nbytes
+    together = max(len(group.files) for group in plan.groups)
+    writing = writer.WINDOW_BYTES + together * math.prod(writer.windows_of(together))
+    computing = workers * sizes.tile * TILE_BYTES + 2 * (workers + 1) * sizes.piece * PIECE_BYTES
+    return _now() + reading + writing + computing + 2 * sizes.held
 
 
 def _cores() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from requant.convert.plan import PlannedFile, PlannedPiece
-from requant.convert.steps import Piece
+from requant.convert.steps import Tiles
 from requant.convert.writer import OutputFile
 from requant.quant.cutting import Patch, as_bytes
 
@@ -43,18 +43,18 @@ class Builder:
             for name, data in self._late.items()
         }
 
-    def add(self, step: Piece) -> None:
+    def add(self, made: Tiles) -> None:
         """Append what the next step gave of the next weight, if the file holds any of it."""
-        piece = self._pieces.get(id(step.weight))
+        piece = self._pieces.get(id(made.weight))
         if piece is None:
             return
-        for tile in step.tiles:
+        for tile in made.tiles:
             for part, tensor in tile.items():
                 if part != piece.streamed:
                     self._held.setdefault(part, []).append(tensor)
                     continue
                 self._file.append(self._slicer_of(piece, part).take(as_bytes(tensor)))
-        if step.last:
+        if made.last:
             self._finish(piece)
 
     def finish(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,13 @@ def origin(path: Path) -> dict[str, str | None]:
 
 def read_tensors(path: Path, file: str) -> dict[str, StoredPart]:
     """The tensors of one file of a folder."""
-    found = read_header(path / file)
-    return {
-        name: StoredPart(name, spec, replace(w, file=file)) for name, (spec, w) in found.items()
-    }
+    found = read_header(path / file, file)
+    return {name: StoredPart(name, spec, place) for name, (spec, place) in found.items()}
+
+
+def last_name(file: str) -> str:
+    """The last component of a file's name."""
+    return file.rpartition("/")[2]
 
 
 def file_facts(path: Path) -> FileFacts:

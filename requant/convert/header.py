@@ -35,13 +35,14 @@ class Location:
     end: int
 
 
-def read_header(path: Path) -> dict[str, tuple[TensorSpec, Location]]:
+def read_header(path: Path, file: str = "") -> dict[str, tuple[TensorSpec, Location]]:
     """Every tensor of a safetensors file with its absolute byte range, checked against the file.
+    Its locations name `file`, or the last component of its path.
 
     Raises CheckpointError for a file that is truncated, too long, or contradicts itself.
     """
     header, size = raw_header(path)
-    return parse_header(header, size, path)
+    return parse_header(header, size, path, file)
 
 
 def raw_header(path: Path) -> tuple[bytes, int]:
@@ -62,7 +63,7 @@ def raw_header(path: Path) -> tuple[bytes, int]:
 
 
 def parse_header(
-    header: bytes, size: int | None, path: Path
+    header: bytes, size: int | None, path: Path, file: str = ""
 ) -> dict[str, tuple[TensorSpec, Location]]:
     """What `read_header` gives, from the first bytes of a file of `size` bytes; None: as many as
     the header says. Raises CheckpointError for a header that contradicts itself."""
@@ -85,7 +86,7 @@ def parse_header(
         if not name.isprintable():
             raise CheckpointError(f"{path}: {name!a}: unprintable characters in a tensor's name")
     tensors = {
-        name: _parse_entry(f"{path}: {name}", entry, path.name, 8 + length)
+        name: _parse_entry(f"{path}: {name}", entry, file or path.name, 8 + length)
         for name, entry in entries.items()
     }
     expected = 8 + length

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch
 import requant
 from requant.convert.containers import choose_codecs, expert_dtype, quantization_config
 from requant.convert.engines import engine_notes
-from requant.convert.folder import INDEX_NAME, SINGLE_NAME
+from requant.convert.folder import INDEX_NAME, SINGLE_NAME, last_name
 from requant.convert.header import layout
 from requant.convert.lossless import keeps_values
 from requant.convert.names import setting
@@ -58,7 +57,7 @@ class PlannedWeight:
     def stored_name(self, part: str) -> str:
         """The full name of one of its parts in the output."""
         if self.codec is None:
-            return {**self.source.parts, **self.source.activations}[part].name
+            return self.source.tensors[part].name
         return self.source.name.removesuffix("weight") + part
 
     @cached_property
@@ -256,13 +255,15 @@ def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False
     for name, weight in source.weights.items():
         try:
             planned = _plan_weight(source, weight, chosen[name], sets)
-            by_file.setdefault(PurePosixPath(weight.file).name, []).append(planned)
+            by_file.setdefault(last_name(weight.file), []).append(planned)
         except FormatError as error:
             refused.append(error)
     if refused:
         more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
         raise FormatError(f"{refused[0]}{more}")
-    groups = tuple(_plan_group(name, by_file[name], source.files) for name in sorted(by_file))
+    groups = tuple(
+        _plan_group(name, by_file[name], source.files_by_name[name]) for name in sorted(by_file)
+    )
     config = _config(source, recipe, chosen)
     files = [file for group in groups for file in group.files]
     one = [file.name for file in files] == [SINGLE_NAME]
@@ -293,8 +294,7 @@ def _plan_weight(
     sets: Mapping[str, tuple[StoredWeight, ...]],
 ) -> PlannedWeight:
     if codec is None:
-        stored = {**weight.parts, **weight.activations}
-        return PlannedWeight(weight, None, {p: t.spec for p, t in stored.items()})
+        return PlannedWeight(weight, None, {p: t.spec for p, t in weight.tensors.items()})
     rows, cols = weight.shape
     if not rows or not cols:
         raise FormatError(f"{weight.name}: is [{rows}, {cols}]; a format needs rows and columns")
@@ -341,10 +341,9 @@ def _require_lossless(plan: Plan) -> None:
         )
 
 
-def _plan_group(name: str, weights: list[PlannedWeight], files: Sequence[str]) -> PlannedGroup:
+def _plan_group(name: str, weights: list[PlannedWeight], sources: tuple[str, ...]) -> PlannedGroup:
     """The file of this name, in the order of the source's (of ranks: those in every folder), so
     that all are read and written in one go."""
-    sources = tuple(file for file in files if PurePosixPath(file).name == name)
     weights = sorted(weights, key=lambda weight: weight.source.codes.location.begin)
     pieces = [PlannedPiece(w, {part: w.stored_name(part) for part in w.specs}) for w in weights]
     return PlannedGroup((Stage(sources, tuple(weights)),), (plan_file(name, pieces),))
@@ -360,7 +359,7 @@ def plan_file(name: str, pieces: Sequence[PlannedPiece]) -> PlannedFile:
 def index_of(files: Sequence[PlannedFile]) -> dict[str, Any]:
     """The index of a folder that holds these files."""
     total = sum(s.nbytes for file in files for p in file.pieces for s in p.specs.values())
-    places = {name: PurePosixPath(file.name).name for file in files for name in file.ranges}
+    places = {name: last_name(file.name) for file in files for name in file.ranges}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 

@@ -156,11 +156,6 @@ def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None)
     facts = {file: fact for rank in ranks for file, fact in rank.facts.items()}
     held: dict[str, list[tuple[int, StoredWeight]]] = {}
     for number, rank in enumerate(ranks):
-        listed = set(layout.tables[number])
-        if listed != set(rank.weights):
-            name = min(listed ^ set(rank.weights))
-            lacks = RANKS_NAME if name in rank.weights else layout.folders[number]
-            raise CheckpointError(f"{path / layout.folders[number]}: {name} is not in {lacks}")
         for name, weight in rank.weights.items():
             held.setdefault(name, []).append((number, weight))
     weights = {}
@@ -182,7 +177,10 @@ def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None)
 def open_rank(
     path: Path, layout: Layout, rank: int, config: dict[str, Any] | None = None
 ) -> Checkpoint:
-    """What one rank holds, under the whole checkpoint's names; its files are named from `path`."""
+    """What one rank holds, under the whole checkpoint's names; its files are named from `path`.
+
+    Raises CheckpointError when it is not what the layout's tables, if any, say.
+    """
     config = config or read_json(path / CONFIG_NAME, "not a checkpoint folder")
     files = layout.files[rank]
     tensors: dict[str, StoredPart] = {}
@@ -193,7 +191,13 @@ def open_rank(
                 raise CheckpointError(f"{path / file}: {name} is in another file of its rank, too")
             tensors[whole] = dataclasses.replace(part, name=whole)
     checkpoint = Checkpoint(path, config, files, {f: file_facts(path / f) for f in files}, {})
-    return dataclasses.replace(checkpoint, weights=checkpoint.pair_parts(tensors))
+    weights = checkpoint.pair_parts(tensors)
+    differ = set(weights) ^ set(layout.tables[rank]) if layout.tables else set()
+    if differ:
+        name, folder = min(differ), layout.folders[rank]
+        lacks = RANKS_NAME if name in weights else folder
+        raise CheckpointError(f"{path / folder}: {name} is not in {lacks}")
+    return dataclasses.replace(checkpoint, weights=weights)
 
 
 def span_of(where: str) -> Span:
@@ -265,10 +269,7 @@ def _put_together(
                     _moved, codec, part, stored.spec, (shape[0], shape[1]), start * axis
                 )
             joined.append(StoredPiece(stored.location, cut[part].patch, moved))
-        whole = first.parts[part]
-        parts[part] = dataclasses.replace(
-            whole, spec=dataclasses.replace(spec), pieces=tuple(joined)
-        )
+        parts[part] = dataclasses.replace(first.parts[part], spec=spec, pieces=tuple(joined))
     activations = {
         part: _alike(tensor, [_part(piece, part) for piece in pieces])
         for part, tensor in first.activations.items()
@@ -304,7 +305,6 @@ def _alike(tensor: StoredPart, copies: Iterable[StoredPart]) -> StoredPart:
 
 
 def _part(weight: StoredWeight, part: str) -> StoredPart:
-    stored = {**weight.parts, **weight.activations}
-    if part not in stored:
+    if part not in weight.tensors:
         raise FormatError(f"{weight.file}: has no {part}, as other ranks have")
-    return stored[part]
+    return weight.tensors[part]

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from requant.convert.header import DATA_ALIGNMENT
 from requant.convert.journal import Digest
 
 #: Bytes that are read at a time.
@@ -26,7 +27,6 @@ WINDOWS = 12
 #: How many each of several files has, and the least size of them.
 SHARED_WINDOWS = 16
 LEAST_BYTES = 1 << 18
-PAGE = 4096
 #: Windows that may wait for their hash.
 UNHASHED = 4
 
@@ -37,7 +37,7 @@ def windows_of(files: int, windows: int) -> tuple[int, int]:
     if files <= 1:
         return windows, WINDOW_BYTES
     budget = (windows + UNHASHED + 1) * WINDOW_BYTES
-    size = budget // (files * (SHARED_WINDOWS + UNHASHED + 1)) // PAGE * PAGE
+    size = budget // (files * (SHARED_WINDOWS + UNHASHED + 1)) // DATA_ALIGNMENT * DATA_ALIGNMENT
     return SHARED_WINDOWS, max(size, LEAST_BYTES)
 
 

@@ -54,7 +54,8 @@ class Files:
         if element is not None:  # a transposed view: read its columns, each with gaps or without
             begin = location.begin + row * step + column * element
             span = (rows - 1) * step + itemsize if rows else 0
-            gaps = [self._span(location.file, begin + c * element, span) for c in range(shape[1])]
+            starts = range(begin, begin + shape[1] * element, element)
+            gaps = [self.read_bytes(location.file, at, at + span) for at in starts]
             lines = torch.stack(gaps) if gaps else torch.empty(0, 0, dtype=torch.uint8)
             picked = lines.as_strided((len(gaps), rows, itemsize), (span, step, 1))
             return picked.contiguous().view(dtype).reshape(len(gaps), rows).t().contiguous()
@@ -146,9 +147,6 @@ class Files:
             target = memoryview(raw[: end - first].numpy().data)
             read_exactly(self._descriptor(file), first, end, target, self._path / file)
         return raw[begin - first : end - first]
-
-    def _span(self, file: str, begin: int, count: int) -> torch.Tensor:
-        return self.read_bytes(file, begin, begin + count)
 
     @contextlib.contextmanager
     def reading(self, file: str, nbytes: int, windows: int, size: int) -> Iterator[ReadAhead]:

@@ -37,6 +37,7 @@ def plan_table(summary: Mapping[str, Any]) -> RenderableType:
     notices = [
         *_reasons(summary["not_lossless"]),
         *map(Text, summary["engine_notes"]),
+        *map(Text, summary.get("ranks", {}).get("engine_notes", [])),
         *_notice("left out, as they belong to the old format", summary["dropped_tensors"]),
         *_notice("copied as they are, role unknown", summary["unknown_tensors"]),
         *_notice("not converted, because the index does not name them", summary["ignored_files"]),

@@ -37,7 +37,7 @@ from requant.convert.plan import Plan, PlannedFile, PlannedGroup, PlannedWeight
 from requant.convert.processes import Team
 from requant.convert.readahead import WINDOWS
 from requant.convert.source import Checkpoint
-from requant.convert.steps import Piece, Steps
+from requant.convert.steps import Steps, Tiles
 from requant.convert.writer import (
     PARTIAL_SUFFIX,
     OutputFile,
@@ -281,13 +281,13 @@ def _fill(
     progress: Progress,
 ) -> None:
     """Compute pieces with all workers, so many ahead, and append them in order."""
-    pending: deque[Future[Piece]] = deque()
+    pending: deque[Future[Tiles]] = deque()
 
     def take() -> None:
-        piece = pending.popleft().result()
+        made = pending.popleft().result()
         for builder in builders:
-            builder.add(piece)
-        progress(piece.read_bytes)
+            builder.add(made)
+        progress(made.read_bytes)
 
     try:
         for work in steps.of(weights):

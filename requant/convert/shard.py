@@ -49,12 +49,11 @@ def as_written(plan: Plan) -> Checkpoint:
     for file in plan.files:
         for piece in file.pieces:
             source, specs = piece.weight.source, piece.weight.specs
-            stored = {**source.parts, **source.activations}
             parts = {
                 part: StoredPart(name, specs[part], Location(file.name, *file.ranges[name]))
                 for part, name in piece.names.items()
             }
-            beside = {part for part in parts if part in source.activations and part in stored}
+            beside = parts.keys() & source.activations.keys()
             weights[source.name] = dataclasses.replace(
                 source,
                 codec=piece.weight.written_codec,
@@ -80,12 +79,13 @@ def shard(plan: Plan, split: Split, layout: str = "hf") -> Plan:
         (whole,) = group.files
         together.append([])
         for rank in ranks:
+            folder = rank_folder(rank)
             for piece in whole.pieces:
                 here = held[rank].get(piece.weight.source.name)
                 if here is None:
                     continue
                 cut = _cut(piece, here)
-                path = f"{rank_folder(rank)}/{whole.name}"
+                path = f"{folder}/{whole.name}"
                 if layout == "deepseek":
                     name = piece.weight.source.name
                     path = deepseek.file_name(name, rank, len(ranks), plan.config)
@@ -121,7 +121,8 @@ def shard(plan: Plan, split: Split, layout: str = "hf") -> Plan:
         }
     }
     if layout == "deepseek":
-        documents[ENGINE_CONFIG] = deepseek.engine_config(as_written(plan))
+        documents[ENGINE_CONFIG] = deepseek.engine_config(split.survey.checkpoint)
+        summary["engine_notes"] = deepseek.engine_notes(split.survey.checkpoint)
     else:
         documents |= {
             f"{rank_folder(rank)}/{INDEX_NAME}": index_of([files[path] for path in by_rank[rank]])
@@ -194,7 +195,7 @@ def merge(ranks: Path, config: Path | None = None) -> Plan:
         tensors = {
             tensor.name: (weight, part, tensor)
             for weight in source.weights.values()
-            for part, tensor in {**weight.parts, **weight.activations}.items()
+            for part, tensor in weight.tensors.items()
         }
         groups = []
         for file, text in layout.headers.items():
@@ -257,6 +258,6 @@ def _merged(
         ranges[name], end = (where.begin, where.end), where.end
     planned_file = PlannedFile(file, header, end, ranges, tuple(pieces))
     # Of DeepSeek's layout each file holds all of the model: read here and there.
-    sources = tuple(name for name in source.files if name.rpartition("/")[2] == file)
+    sources = source.files_by_name.get(file, ())
     weights = tuple(piece.weight for piece in pieces)
     return PlannedGroup((Stage(sources, weights),), (planned_file,))

@@ -21,6 +21,7 @@ from requant.convert.folder import (
     MODELOPT_NAME,
     FileFacts,
     file_facts,
+    last_name,
     read_json,
     read_tensors,
     weight_files,
@@ -67,11 +68,15 @@ class StoredWeight:
     parts: Mapping[str, StoredPart]
     activations: Mapping[str, StoredPart] = field(default_factory=dict)
 
+    @cached_property
+    def tensors(self) -> dict[str, StoredPart]:
+        """All that is stored of it, by part."""
+        return {**self.parts, **self.activations}
+
     @property
     def nbytes(self) -> int:
         """Stored bytes of all parts."""
-        parts = (*self.parts.values(), *self.activations.values())
-        return sum(part.spec.nbytes for part in parts)
+        return sum(part.spec.nbytes for part in self.tensors.values())
 
     @cached_property
     def codes(self) -> StoredPart:
@@ -82,12 +87,6 @@ class StoredWeight:
     def file(self) -> str:
         """The file that holds the codes, or the first piece of them."""
         return self.codes.location.file
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that hold the codes."""
-        pieces = self.codes.pieces or (self.codes,)
-        return tuple(dict.fromkeys(piece.location.file for piece in pieces))
 
     @cached_property
     def module(self) -> str:
@@ -195,6 +194,15 @@ class Checkpoint:
         found = (path.name for path in self.path.glob("*.safetensors"))
         return sorted(set(found) - set(self.files))
 
+    @cached_property
+    def files_by_name(self) -> Mapping[str, tuple[str, ...]]:
+        """`files` by the last component: of ranks, each has one of the same name."""
+        found: dict[str, tuple[str, ...]] = {}
+        for file in self.files:
+            name = last_name(file)
+            found[name] = (*found.get(name, ()), file)
+        return found
+
     def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
         shape = part.spec.shape
@@ -263,20 +271,27 @@ class Checkpoint:
         if weight.codec is None:
             (part,) = weight.parts.values()
             return self.read_rows(part, start, stop).to(device).to(torch.float32)
-        parts = {p: t.to(device) for p, t in self.read_tile(weight, start, stop).items()}
-        try:
-            return weight.codec.decode(parts, (stop - start, weight.shape[1]))
-        except FormatError as error:
-            raise FormatError(f"{weight.name}: {error}") from error
+        return self._of_tile(weight, weight.codec.decode, start, stop, device)
 
     def amax_rows(
         self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
         """The largest magnitude that `decode_rows` gives, float32 [1]."""
         assert weight.codec is not None
+        return self._of_tile(weight, weight.codec.amax, start, stop, device)
+
+    def _of_tile(
+        self,
+        weight: StoredWeight,
+        work: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor],
+        start: int,
+        stop: int,
+        device: torch.device | str,
+    ) -> torch.Tensor:
+        """What a codec's method makes of the parts of some rows; a refusal names the weight."""
         parts = {p: t.to(device) for p, t in self.read_tile(weight, start, stop).items()}
         try:
-            return weight.codec.amax(parts, (stop - start, weight.shape[1]))
+            return work(parts, (stop - start, weight.shape[1]))
         except FormatError as error:
             raise FormatError(f"{weight.name}: {error}") from error
 

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Tiles:
     """What one step gave of one weight: consecutive tiles of its parts. `last`: there is no more.
 
     `read_bytes` of the source it took.
@@ -98,7 +98,7 @@ class Steps:
         self._source, self._device = source, device
         self._summaries = Summaries(source, device, pool)
 
-    def of(self, weights: Iterable[PlannedWeight]) -> Iterator[Callable[[], Piece]]:
+    def of(self, weights: Iterable[PlannedWeight]) -> Iterator[Callable[[], Tiles]]:
         """One step a few tiles."""
         for weight in weights:
             if weight.codec is None:
@@ -114,9 +114,9 @@ class Steps:
                 last = stop == rows
                 yield partial(_convert, convert, weight, start, stop, last)
 
-    def _copies(self, weight: PlannedWeight) -> Iterator[Callable[[], Piece]]:
+    def _copies(self, weight: PlannedWeight) -> Iterator[Callable[[], Tiles]]:
         """The stored bytes in pieces; of a view that lies scattered, in whole rows."""
-        stored = {**weight.source.parts, **weight.source.activations}
+        stored = weight.source.tensors
         for part, tensor in stored.items():
             final = part == next(reversed(stored))
             whole = tensor.strides is None
@@ -148,14 +148,14 @@ def _ranges(
 
 def _copy(
     source: Checkpoint, weight: PlannedWeight, part: str, start: int, stop: int, last: bool
-) -> Piece:
+) -> Tiles:
     """Bytes start:stop of a part, or its rows where it does not lie in one piece."""
-    stored = {**weight.source.parts, **weight.source.activations}[part]
+    stored = weight.source.tensors[part]
     if stored.strides is None:
         data = source.read_bytes(stored, start, stop)
     else:
         data = source.read_rows(stored, start, stop)
-    return Piece(weight, [{part: data}], last, data.nbytes)
+    return Tiles(weight, [{part: data}], last, data.nbytes)
 
 
 def _convert(
@@ -164,7 +164,7 @@ def _convert(
     start: int,
     stop: int,
     last: bool,
-) -> Piece:
+) -> Tiles:
     """Convert rows start:stop, a tile at a time."""
     stored = weight.source
     tiles = []
@@ -172,7 +172,7 @@ def _convert(
     for a, b in _ranges(stored, weight.codec, TILE_ELEMENTS, start, stop):
         parts = _of_rows(stored, a, b, partial(convert, a, b))
         tiles.append({part: parts[part].cpu() for part in weight.specs})
-    return Piece(weight, tiles, last, (stop - start) * stored.nbytes // stored.shape[0])
+    return Tiles(weight, tiles, last, (stop - start) * stored.nbytes // stored.shape[0])
 
 
 def _encode(

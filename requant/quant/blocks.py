@@ -41,12 +41,6 @@ def stored_block(told: object, where: str) -> tuple[int, int]:
     return block[0], block[1]
 
 
-def tile_amax(tile: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of a tile, [1]; NaN where there is one."""
-    low, high = torch.aminmax(tile)
-    return torch.maximum(-low, high).reshape(1)
-
-
 def finite_amax(groups: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
     """The largest magnitude of each group: float32 or BF16 [..., n] -> [...]. Raises FormatError
     for NaN or infinity. `scratch`, if any, is contiguous memory like `groups` to overwrite.

@@ -222,8 +222,7 @@ class Codec(ABC):
     def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """The largest magnitude that `decode` gives for the parts of one tile of `shape`, float32
         [1]; not finite where a value is not."""
-        low, high = torch.aminmax(self.decode(parts, shape))
-        return torch.maximum(-low, high).reshape(1)
+        return tile_amax(self.decode(parts, shape))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes and scales of one tile of `shape`; `codes` None when their part is absent.
@@ -299,6 +298,12 @@ def bits_per_weight(codec: Codec) -> float:
     """Stored bits per element, scales included, of a [7168, 7168] weight."""
     side = 7168
     return 8 * sum(s.nbytes for s in codec.specs(side, side).values()) / side**2
+
+
+def tile_amax(tile: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of a tile, [1]; NaN where there is one."""
+    low, high = torch.aminmax(tile)
+    return torch.maximum(-low, high).reshape(1)
 
 
 def require_finite(extreme: torch.Tensor) -> None:

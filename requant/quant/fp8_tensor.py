@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.blocks import tile_amax
 from requant.quant.codec import (
     PLAIN_SCALES,
     Alphabet,
@@ -26,6 +25,7 @@ from requant.quant.codec import (
     check_specs,
     require_choice,
     require_finite,
+    tile_amax,
 )
 from requant.quant.compressed_tensors import (
     QUANT_METHOD,

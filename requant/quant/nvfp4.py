@@ -21,7 +21,7 @@ import torch
 
 import requant
 from requant.errors import FormatError
-from requant.quant.blocks import finite_amax, tile_amax
+from requant.quant.blocks import finite_amax
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -34,6 +34,7 @@ from requant.quant.codec import (
     require_choice,
     require_finite,
     require_groups,
+    tile_amax,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
 from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, round_to_e2m1

@@ -17,6 +17,7 @@ from requant.quant.codec import (
     TensorSpec,
     Tolerance,
     require_finite,
+    tile_amax,
 )
 
 #: Of each alphabet: significant bits of a code, its smallest step and its largest value.
@@ -59,10 +60,9 @@ class Plain(Codec):
         encoded = tile.to(TORCH_DTYPES[self.dtype])
         if bool(torch.isfinite(encoded.sum())):  # so are the terms; not always the other way round
             return {"weight": encoded}
-        low, high = torch.aminmax(tile)
-        require_finite(torch.stack((low, high)))
-        limit = torch.finfo(encoded.dtype).max
-        amax = max(-float(low), float(high))
+        largest = tile_amax(tile)
+        require_finite(largest)
+        amax, limit = float(largest), torch.finfo(encoded.dtype).max
         if amax > limit and not bool(torch.isfinite(encoded).all()):
             raise FormatError(
                 f"holds {amax:.6g}, beyond {self.name}'s largest value {limit:.6g}; "

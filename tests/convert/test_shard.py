@@ -239,24 +239,25 @@ def test_a_spoilt_layout_is_refused(what: str, plain: Path, tmp_path: Path) -> N
         run(merge(ranks), tmp_path / "merged")
 
 
+def damage(rank: Path, name: str) -> None:
+    """Change one value of one tensor."""
+    for file in rank.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name].flatten()[3] += 1
+            save_file(tensors, file)
+
+
 def test_a_replicated_tensor_that_differs_is_found(plain: Path, tmp_path: Path) -> None:
     ranks = cut(plain, Parallel(2, 2), tmp_path / "ranks")
-    for file in (ranks / "rank-001").glob("*.safetensors"):
-        tensors = load_file(file)
-        if "model.norm.weight" in tensors:
-            tensors["model.norm.weight"][3] += 1
-            save_file(tensors, file)
+    damage(ranks / "rank-001", "model.norm.weight")
     with pytest.raises(CheckpointError, match=r"rank-001.*model\.norm\.weight differs"):
         run(merge(ranks), tmp_path / "merged")
 
 
 def test_a_piece_that_two_ranks_have_is_compared(plain: Path, tmp_path: Path) -> None:
     ranks = cut(plain, Parallel(2, 4), tmp_path / "ranks")
-    for file in (ranks / "rank-002").glob("*.safetensors"):
-        tensors = load_file(file)
-        if "model.layers.0.mlp.down_proj.weight" in tensors:
-            tensors["model.layers.0.mlp.down_proj.weight"][3, 5] += 1
-            save_file(tensors, file)
+    damage(ranks / "rank-002", "model.layers.0.mlp.down_proj.weight")
     with pytest.raises(CheckpointError, match=r"rank-002.*down_proj\.weight differs from the same"):
         run(merge(ranks), tmp_path / "merged")
 
