@@ -167,7 +167,7 @@ def split(
     shares = []
     for item in survey.items:
         if item.kind not in pieces:
-            pieces[item.kind] = _pieces(item, parallel)
+            pieces[item.kind] = pieces_of(item, parallel)
         count, nbytes = pieces[item.kind]
         nbytes = item.weight.nbytes if count == 1 else nbytes
         held = _stages_of(item, parallel.pp, stages, tied)
@@ -175,7 +175,7 @@ def split(
     return Split(survey, parallel, tuple(shares))
 
 
-def _pieces(item: Item, parallel: Parallel) -> tuple[int, int]:
+def pieces_of(item: Item, parallel: Parallel) -> tuple[int, int]:
     """How many pieces a kind of tensor is cut into, and the bytes of each."""
     demand, weight = item.kind.demand, item.weight
     count = 1 if demand is None else demand.pieces(item.kind.ways(parallel))
