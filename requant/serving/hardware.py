@@ -121,8 +121,10 @@ def parse_gpus(text: str) -> Gpus:
         return Gpus(count, _bytes(text, what))
     nbytes = None if memory is None else _bytes(text, memory)
     gpu = _named(text, what, nbytes)
+    own = gpu.memory_gb * 10**9
+    name = gpu.name if nbytes in (None, own) else f"{gpu.model}:{(nbytes or 0) / 1e9:g}GB"
     return Gpus(
-        count, nbytes or gpu.memory_gb * 10**9, gpu.name, gpu.architecture,
+        count, nbytes or own, name, gpu.architecture,
         gpu.bandwidth_gb * 1e9, gpu.host_gb * 1e9,
     )  # fmt: skip
 
@@ -142,8 +144,8 @@ def _named(text: str, what: str, nbytes: int | None) -> Gpu:
         models = {_key(gpu.model): gpu.model for gpu in GPUS}
         close = difflib.get_close_matches(key, models, n=3, cutoff=0.5) or list(models)
         raise RequantError(
-            f"GPUs {text!r}: unknown GPU {what!r}; known are {_listed([models[k] for k in close])}; "
-            "or give the memory of one, e.g. 4x24GB"
+            f"GPUs {text!r}: unknown GPU {what!r}; known are "
+            f"{_listed([models[k] for k in close])}; or give the memory of one, e.g. 4x24GB"
         )
     alike = [gpu for gpu in found if gpu.memory_gb * 10**9 == nbytes] or found
     if len(alike) > 1:

@@ -7,6 +7,7 @@ would be in the whole, and counted as often as there are of it: bytes are exact.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,26 +21,23 @@ from requant.convert.shard import as_written
 from requant.convert.source import Checkpoint
 from requant.convert.survey import Item, Kind, Survey
 from requant.errors import FormatError
-
-#: Of the layers that hold most of a model, so many at each end are told apart from those between:
-#: they are the most sensitive (first and last layers).
-EDGE_LAYERS = 2
+from requant.quant import Codec
 
 
 class Stack(NamedTuple):
-    """`count` weights that are alike, with the first of them.
+    """So many weights (`number`) that are alike, with the first of them.
 
-    `edge`: of the first or last layers of their role. `modules`: how a recipe names them.
+    `edge`: of the first or last layers of their role. `modules`: how a recipe names those.
     """
 
     item: Item
-    count: int
+    number: int
     edge: bool
     modules: tuple[str, ...]
 
 
 class Sized(NamedTuple):
-    """A stack as a recipe writes it: bytes of all its weights, and on each rank."""
+    """A stack as a recipe writes it: bytes of all its weights, and on each rank of one stage."""
 
     stack: Stack
     planned: PlannedWeight
@@ -55,23 +53,33 @@ class Inventory:
     stacks: tuple[Stack, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Inventory:
-        """Count the weights of a checkpoint."""
-        survey = Survey.of(checkpoint)
-        layers: dict[tuple[str, str], set[int]] = {}
+    def of(
+        cls, checkpoint: Checkpoint, written: Mapping[str, Codec | None] | None = None
+    ) -> Inventory:
+        """Count the weights of a checkpoint; those that are `written` differently, by name, apart,
+        so that it is exact for the plan that has them as its `reads_back`."""
+        return cls.counted(Survey.of(checkpoint), written or {})
+
+    @classmethod
+    def counted(
+        cls, survey: Survey, written: Mapping[str, Codec | None], edges: int = 0
+    ) -> Inventory:
+        """Count, with so many of the first and of the last layers of each role apart."""
+        ends = _ends(survey.items, edges) if edges else {}
+        stacked: dict[tuple[Kind, Role, bool, Codec | None], list[Item]] = {}
         for item in survey.items:
-            if item.layer is not None:
-                layers.setdefault(_place(item), set()).add(item.layer)
-        ends = {place: _ends(sorted(found)) for place, found in layers.items()}
-        stacked: dict[tuple[Kind, Role, bool], list[Item]] = {}
-        for item in survey.items:
-            edge = item.layer is not None and item.layer in ends[_place(item)]
-            stacked.setdefault((item.kind, item.weight.role, edge), []).append(item)
+            role, name = item.weight.role, item.weight.name
+            edge = item.layer in ends.get((role, item.weight.kind), ())
+            stacked.setdefault((item.kind, role, edge, written.get(name)), []).append(item)
         stacks = (
             Stack(items[0], len(items), edge, _modules(items) if edge else ())
-            for (_, _, edge), items in stacked.items()
+            for (_, _, edge, _), items in stacked.items()
         )
         return cls(survey, tuple(stacks))
+
+    def with_edges(self, edges: int) -> Inventory:
+        """The same, with so many layers at both ends apart."""
+        return Inventory.counted(self.survey, {}, edges)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -79,15 +87,21 @@ class Inventory:
         return self.survey.checkpoint
 
     @cached_property
-    def _examples(self) -> Checkpoint:
-        weights = {s.item.weight.name: s.item.weight for s in self.stacks}
-        return dataclasses.replace(self.checkpoint, weights=weights)
+    def experts(self) -> dict[str, int]:
+        """The number of routed experts of each layer of the main model, by prefix."""
+        main = {i.prefix for i in self.survey.items if i.weight.role == "routed_expert"}
+        return {prefix: n for prefix, n in self.survey.experts.items() if prefix in main}
 
-    def sized(self, recipe: Recipe, parallel: Parallel) -> list[Sized] | None:
-        """What each stack comes to in a recipe, whose patterns need not match anything; None where
-        ranks cannot be cut so, or the recipe cannot be written."""
+    def sized(
+        self, recipe: Recipe, parallel: Parallel, stacks: Sequence[Stack] | None = None
+    ) -> list[Sized] | None:
+        """What each stack (of `stacks`, or all) comes to in a recipe, whose patterns need not match
+        anything; None where ranks cannot be cut so, or the recipe cannot be written."""
+        chosen = self.stacks if stacks is None else stacks
+        weights = {stack.item.weight.name: stack.item.weight for stack in chosen}
+        examples = dataclasses.replace(self.checkpoint, weights=weights)
         try:
-            plan = make_plan(self._examples, dataclasses.replace(recipe, preset=True))
+            plan = make_plan(examples, dataclasses.replace(recipe, preset=True))
         except FormatError:
             return None
         survey = Survey.of(as_written(plan))
@@ -95,15 +109,24 @@ class Inventory:
             return None
         planned = {weight.source.name: weight for weight in plan.weights}
         found = []
-        for stack, item in zip(self.stacks, survey.items, strict=True):
+        for stack, item in zip(chosen, survey.items, strict=True):
             count, nbytes = pieces_of(item, parallel)
             each = item.weight.nbytes if count == 1 else nbytes
-            held = stack.count
+            held = stack.number
             if item.prefix is not None and item.expert is not None:
-                held = -(-stack.count // parallel.ep)
-            whole = stack.count * item.weight.nbytes
+                held = -(-stack.number // parallel.ep)
+            whole = stack.number * item.weight.nbytes
             found.append(Sized(stack, planned[item.weight.name], whole, held * each))
         return found
+
+    def parallel_for(self, recipe: Recipe, count: int) -> Parallel:
+        """The first of `ways` that a recipe can be cut in, for so many GPUs or for the most of them
+        that can share it; one rank where none can."""
+        for ranks in range(count, 1, -1):
+            for parallel in ways(self.survey, ranks):
+                if self.sized(recipe, parallel) is not None:
+                    return parallel
+        return usual(self.checkpoint, 1)
 
     def rank_bytes(self, recipe: Recipe, parallel: Parallel) -> int | None:
         """Bytes of every rank of one stage, in a recipe; None as `sized`."""
@@ -111,25 +134,23 @@ class Inventory:
         return None if found is None else sum(each.rank_bytes for each in found)
 
 
-def parallel_for(survey: Survey, count: int) -> Parallel:
-    """The usual parallelism for so many GPUs, or for the most of them that is legal; one for none
-    that is."""
-    for ranks in range(count, 1, -1):
-        parallel = usual(survey.checkpoint, ranks)
-        if survey.allows(parallel):
-            return parallel
-    return usual(survey.checkpoint, 1)
+def ways(survey: Survey, ranks: int) -> list[Parallel]:
+    """How so many GPUs can share a model in one stage: the usual way, then with the routed experts
+    over all of them and the rest cut into fewer pieces, the most first."""
+    found = [usual(survey.checkpoint, ranks)]
+    if survey.experts:
+        found += [Parallel(tp, ranks) for tp in range(ranks - 1, 0, -1) if ranks % tp == 0]
+    return found
 
 
-def _place(item: Item) -> tuple[str, str]:
-    return item.weight.role, item.weight.kind
-
-
-def _ends(layers: list[int]) -> frozenset[int]:
-    """The first and last layers; none where they would be most of them."""
-    if len(layers) <= 4 * EDGE_LAYERS:
-        return frozenset()
-    return frozenset(layers[:EDGE_LAYERS] + layers[-EDGE_LAYERS:])
+def _ends(items: Iterable[Item], edges: int) -> dict[tuple[Role, Role], frozenset[int]]:
+    """The first and the last layers of each role and kind."""
+    layers: dict[tuple[Role, Role], set[int]] = {}
+    for item in items:
+        if item.layer is not None:
+            layers.setdefault((item.weight.role, item.weight.kind), set()).add(item.layer)
+    ordered = {place: sorted(found) for place, found in layers.items()}
+    return {place: frozenset(n[:edges] + n[-edges:]) for place, n in ordered.items()}
 
 
 def _modules(items: list[Item]) -> tuple[str, ...]:
