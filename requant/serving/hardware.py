@@ -110,7 +110,9 @@ def parse_gpus(text: str) -> Gpus:
 
     Raises RequantError for a name that is not known, listing close ones, or that means several.
     """
-    match = re.fullmatch(r"\s*(?:(\d{1,9})\s*[x*]\s*)?([^:]*[^:\s])(?:\s*:\s*([^:]+))?", text, re.I)
+    match = re.fullmatch(
+        r"\s*(?:(\d{1,9})\s*[x*]\s*)?((?!\d+\s*[x*]\s*$)[^:]*[^:\s])(?:\s*:\s*([^:]+))?", text, re.I
+    )
     if match is None:
         raise RequantError(f"GPUs {text!r}: expected e.g. 4x24GB, 4xH100, RTX 4090, 8xA100:80GB")
     number, what, memory = match.groups()
@@ -141,7 +143,7 @@ def _named(text: str, what: str, nbytes: int | None) -> Gpu:
     alias = _ALIASES.get(key)
     found = [g for g in GPUS if g.name == alias or key in (_key(g.name), _key(g.model))]
     if not found:
-        models = {_key(gpu.model): gpu.model for gpu in GPUS}
+        models = {_key(gpu.model): gpu.model for gpu in GPUS} | _ALIASES
         close = difflib.get_close_matches(key, models, n=3, cutoff=0.5) or list(models)
         raise RequantError(
             f"GPUs {text!r}: unknown GPU {what!r}; known are "

@@ -39,11 +39,13 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", recipe_names())
+#: Not those of other models' names, nor MXFP8, whose plan looks at all scales for a lossless way.
+RECIPES = [name for name in recipe_names() if name not in ("v4-to-fp8", "mxfp8")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_stacks_come_to_what_a_plan_of_every_weight_does(name: str, small: Checkpoint) -> None:
     recipe = load_recipe(name)
-    if name == "v4-to-fp8":
-        pytest.skip("for DeepSeek-V4's names")
     inventory = Inventory.of(small)
     if name in ("nf4", "bnb-fp4", "int4-gptq", "int4-awq"):
         parallel = Parallel(1, 8)
@@ -156,14 +158,14 @@ def test_the_largest_context_and_batch_are_the_last_that_fit() -> None:
 
 def test_what_does_not_fit_comes_with_three_ways_out(small: Checkpoint) -> None:
     plan = make_plan(small, default_recipe("fp8-block"))
-    report = serving_report(plan, parse_gpus("4xH100:30GB"), 131072, ram=64 * GB, probe=False)
-    assert not report["fits"] and "does not fit on 4x H100 SXM:30GB" in verdict(report)
+    report = serving_report(plan, parse_gpus("4xH100:20GB"), 131072, ram=64 * GB, probe=False)
+    assert not report["fits"] and "does not fit on 4x H100 SXM:20GB" in verdict(report)
     first, second, third = report["alternatives"]
     assert (first["kind"], second["kind"], third["kind"]) == ("format", "ranks", "offload")
-    assert first["needed_bytes"] <= 30 * GB and first["engines"]
-    assert (second["gpus"], second["how"]) == (8, "--gpu '8x H100 SXM:30GB'")
+    assert first["needed_bytes"] <= 20 * GB and first["engines"]
+    assert (second["gpus"], second["how"]) == (8, "--gpu '8x H100 SXM:20GB'")
     other = make_plan(small, load_recipe(first["how"].split()[1]))
-    again = serving_report(other, parse_gpus("4xH100:30GB"), 131072, probe=False)
+    again = serving_report(other, parse_gpus("4xH100:20GB"), 131072, probe=False)
     assert again["fits"] and again["needed_bytes"] == first["needed_bytes"]
     more = serving_report(plan, parse_gpus(second["how"].split("'")[1]), 131072, probe=False)
     assert more["fits"] and more["needed_bytes"] == second["needed_bytes"]

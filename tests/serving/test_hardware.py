@@ -46,7 +46,7 @@ def test_gpus_are_known_by_size_or_name(
     gpus = parse_gpus(text)
     assert (gpus.count, gpus.memory_bytes, gpus.name) == (count, memory, name)
     assert gpus.architecture == architecture
-    assert parse_gpus(str(gpus)).memory_bytes == gpus.memory_bytes
+    assert abs(parse_gpus(str(gpus)).memory_bytes - gpus.memory_bytes) < 10**5  # 6 digits
 
 
 def test_what_a_data_sheet_says_is_in_bytes_per_second() -> None:
@@ -58,7 +58,7 @@ def test_what_a_data_sheet_says_is_in_bytes_per_second() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("4xH101", "unknown GPU 'H101'; known are H100"),
+        ("4xH101", "unknown GPU 'H101'; known are H100 SXM, H20 and A10; or give"),
         ("RTX 4091", "RTX 4090"),
         ("4xA100", "A100 has 40 GB or 80 GB; write A100:80GB"),
         ("0xH100", "0 of them, expected 1 to 1024"),
