@@ -1,4 +1,4 @@
-"""DeepSeek-V3 as headers only: all of it, and in nine layers and one of MTP."""
+"""DeepSeek-V3 as headers only: all of it, and in nine layers of 64 experts."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def v3(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
 
 @pytest.fixture(scope="package")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    config = V3 | {"num_hidden_layers": 9}
+    config = V3 | {"num_hidden_layers": 9, "n_routed_experts": 64}
     return write_sparse(tmp_path_factory.mktemp("small") / "model", config, deepseek(config))

@@ -42,7 +42,7 @@ def test_options_that_change_no_error_do_not_count() -> None:
 
 @pytest.mark.parametrize(
     "gpus",
-    ["8x11GB", "8x12GB", "4xH100:20GB", "2xB200:34GB", "8xA6000:12GB", "8xMI300X:18GB", "3x30GB"],
+    ["8x5GB", "8x5.5GB", "4xH100:9GB", "2xB200:14GB", "8xA6000:5.5GB", "8xMI300X:7GB", "3x14GB"],
 )
 def test_the_recipe_loads_plans_and_fits(gpus: str, small: Checkpoint, tmp_path: Path) -> None:
     made = parse_gpus(gpus)
@@ -59,7 +59,7 @@ def test_the_recipe_loads_plans_and_fits(gpus: str, small: Checkpoint, tmp_path:
 
 
 def test_no_simple_recipe_that_fits_is_better(small: Checkpoint) -> None:
-    made = parse_gpus("8x12GB")
+    made = parse_gpus("8x5.5GB")
     choice = choose(small, made, Demand(8192))
     assert choice is not None
     inventory, room, worse = Inventory.of(small), choice.fit.room, 0
@@ -70,15 +70,15 @@ def test_no_simple_recipe_that_fits_is_better(small: Checkpoint) -> None:
             worse += 1
             assert damage(inventory, sized) > choice.damage
     assert worse
-    # Nor is there room for two more layers of experts in FP8: 1.41 GB each, INT4's are 0.79.
-    assert choice.fit.room - choice.fit.weights < 2 * (1.42 - 0.79) * GB
+    # Nor is there room for two more layers of experts in FP8: 0.352 GB each, INT4's are 0.198.
+    assert choice.fit.room - choice.fit.weights < 2 * (0.353 - 0.198) * GB
     assert '"model.layers.3.mlp.experts.*" = "fp8-block' in choice.text
 
 
 def test_more_room_never_costs_quality(small: Checkpoint) -> None:
     costs = []
-    for memory in (8, 9, 10, 11, 12, 13, 16):
-        choice = choose(small, Gpus(8, memory * GB), Demand(8192))
+    for memory in (44, 47, 50, 53, 56, 59, 62):
+        choice = choose(small, Gpus(8, memory * GB // 10), Demand(8192))
         costs.append(float("inf") if choice is None else choice.damage)
     assert costs == sorted(costs, reverse=True) and costs[-1] == 0.0
 
@@ -92,7 +92,7 @@ def test_what_fits_is_kept_as_it_is(small: Checkpoint) -> None:
 
 
 def test_bits_go_where_every_token_passes(small: Checkpoint) -> None:
-    choice = choose(small, parse_gpus("8xH100:11GB"), Demand(8192))
+    choice = choose(small, parse_gpus("8xH100:5.2GB"), Demand(8192))
     assert choice is not None
     names = {role: format_name(codec) for role, codec in choice.recipe.roles.items() if codec}
     assert names["routed_expert"].startswith("int4")
@@ -100,8 +100,8 @@ def test_bits_go_where_every_token_passes(small: Checkpoint) -> None:
 
 
 def test_fp4_only_where_it_is_multiplied(small: Checkpoint) -> None:
-    ada = choose(small, parse_gpus("8xL4:11GB"), Demand(8192))
-    blackwell = choose(small, parse_gpus("8xRTX 5090:11GB"), Demand(8192))
+    ada = choose(small, parse_gpus("8xL4:5.2GB"), Demand(8192))
+    blackwell = choose(small, parse_gpus("8xRTX 5090:5.2GB"), Demand(8192))
     assert ada is not None and blackwell is not None
     assert '"nvfp4' not in ada.text and '"nvfp4' in blackwell.text
 

@@ -66,7 +66,7 @@ def test_stacks_with_edges_apart_come_to_the_same(small: Checkpoint) -> None:
     apart = inventory.with_edges(2)
     assert apart.rank_bytes(recipe, parallel) == inventory.rank_bytes(recipe, parallel)
     experts = [s for s in apart.stacks if s.item.weight.role == "routed_expert" and s.edge]
-    assert {s.number for s in experts} == {4 * 256}
+    assert {s.number for s in experts} == {4 * 64}
     assert experts[0].modules == tuple(f"model.layers.{n}.mlp.experts.*" for n in (3, 4, 7, 8))
 
 
@@ -158,14 +158,14 @@ def test_the_largest_context_and_batch_are_the_last_that_fit() -> None:
 
 def test_what_does_not_fit_comes_with_three_ways_out(small: Checkpoint) -> None:
     plan = make_plan(small, default_recipe("fp8-block"))
-    report = serving_report(plan, parse_gpus("4xH100:20GB"), 131072, ram=64 * GB, probe=False)
-    assert not report["fits"] and "does not fit on 4x H100 SXM:20GB" in verdict(report)
+    report = serving_report(plan, parse_gpus("4xH100:9.5GB"), 131072, ram=64 * GB, probe=False)
+    assert not report["fits"] and "does not fit on 4x H100 SXM:9.5GB" in verdict(report)
     first, second, third = report["alternatives"]
     assert (first["kind"], second["kind"], third["kind"]) == ("format", "ranks", "offload")
-    assert first["needed_bytes"] <= 20 * GB and first["engines"]
-    assert (second["gpus"], second["how"]) == (8, "--gpu '8x H100 SXM:20GB'")
+    assert first["needed_bytes"] <= 9.5 * GB and first["engines"]
+    assert (second["gpus"], second["how"]) == (8, "--gpu '8x H100 SXM:9.5GB'")
     other = make_plan(small, load_recipe(first["how"].split()[1]))
-    again = serving_report(other, parse_gpus("4xH100:20GB"), 131072, probe=False)
+    again = serving_report(other, parse_gpus("4xH100:9.5GB"), 131072, probe=False)
     assert again["fits"] and again["needed_bytes"] == first["needed_bytes"]
     more = serving_report(plan, parse_gpus(second["how"].split("'")[1]), 131072, probe=False)
     assert more["fits"] and more["needed_bytes"] == second["needed_bytes"]
@@ -175,7 +175,7 @@ def test_what_does_not_fit_comes_with_three_ways_out(small: Checkpoint) -> None:
 
 def test_a_shorter_context_is_a_way_out(small: Checkpoint) -> None:
     plan = make_plan(small, default_recipe("bf16"))
-    gpus = Gpus(8, 31 * GB)
+    gpus = Gpus(8, 18 * GB)
     report = serving_report(plan, gpus, 163840, batch=8, probe=False)
     ways = {way["kind"]: way for way in report["alternatives"]}
     assert not report["fits"]
