@@ -36,9 +36,10 @@ def alternatives(
     formats = list(_formats(inventory, recipe, fit, gpus))
     found = [*formats[:1], *_ranks(inventory, recipe, fit, gpus), *_context(fit)]
     if offloaded is not None and offloaded["possible"]:
-        found.append(
-            {"kind": "offload", "how": "routed experts in RAM", **_sizes(fit), **offloaded}
-        )
+        apart = offloaded["ram_experts"] + offloaded["disk_experts"]
+        how = "routed experts in RAM" if apart else "MTP layers left off the GPUs"
+        sizes = {"gpus": fit.parallel.ranks, "gpu_bytes": fit.gpu_bytes}
+        found.append({"kind": "offload", "how": how, **sizes, **offloaded})
     return (found + formats[1:])[:SHOWN]
 
 

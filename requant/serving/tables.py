@@ -58,13 +58,14 @@ def _roles(report: Mapping[str, Any]) -> Table:
 
 def _ways_out(report: Mapping[str, Any]) -> Iterator[Text]:
     for way in report["alternatives"]:
-        told = f"fits with {way['how']}: {size(way['needed_bytes'])} of {size(way['gpu_bytes'])}"
         if way["kind"] == "offload":
-            told = _offloaded(way)
-        elif way["kind"] == "format":
+            yield Text(_offloaded(way))
+            continue
+        told = f"fits with {way['how']}: {size(way['needed_bytes'])} of {size(way['gpu_bytes'])}"
+        if way["kind"] == "format":
             told += f", context up to {way['max_context']} ({', '.join(way['engines'])})"
         elif way["kind"] == "ranks":
-            told += f" on each of {way['gpus']} GPUs"
+            told += f" on each of {way['gpus']} GPUs (tp={way['tp']} ep={way['ep']})"
         yield Text(told)
     offloaded = report["offload"]
     kinds = {way["kind"] for way in report["alternatives"]}
@@ -74,6 +75,8 @@ def _ways_out(report: Mapping[str, Any]) -> Iterator[Text]:
 
 def _offloaded(way: Mapping[str, Any]) -> str:
     bound = way["tokens_per_second_bound"]
+    if not way["ram_experts"] + way["disk_experts"]:
+        return "fits with MTP layers left off the GPUs: without speculative decoding"
     told = (
         f"fits with experts apart: {way['gpu_experts']} on the GPUs, {way['ram_experts']} in RAM "
         f"({size(way['ram_bytes'])})"

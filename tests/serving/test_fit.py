@@ -169,7 +169,13 @@ def test_what_does_not_fit_comes_with_three_ways_out(small: Checkpoint) -> None:
     assert again["fits"] and again["needed_bytes"] == first["needed_bytes"]
     more = serving_report(plan, parse_gpus(second["how"].split("'")[1]), 131072, probe=False)
     assert more["fits"] and more["needed_bytes"] == second["needed_bytes"]
-    assert third["ram_experts"] > 0 and third["tokens_per_second_bound"] > 0
+    assert third["how"] == "MTP layers left off the GPUs" and third["gpu_experts"] == 6 * 64
+    small_gpus = serving_report(plan, parse_gpus("4xH100:8GB"), 131072, ram=64 * GB, probe=False)
+    apart = small_gpus["offload"]
+    assert apart["ram_experts"] > 0 and apart["tokens_per_second_bound"] > 0
+    assert apart["gpu_experts"] + apart["ram_experts"] == 6 * 64
+    assert "routed experts in RAM" in [way["how"] for way in small_gpus["alternatives"]]
+    assert render(small_gpus) is not None
     assert render(report) is not None and render(again) is not None
 
 
@@ -247,3 +253,14 @@ def test_the_cost_is_estimated_from_a_probe() -> None:
     assert cost["estimated_seconds"] >= 0 and cost["ram_bytes"] > 10**8
     assert cost["peak_disk_bytes"] > cost["output_disk_bytes"] > cost["written_bytes"]
     assert cost["read_bytes"] == plan.read_bytes
+
+
+def test_speed_is_bounded_by_what_a_token_reads(small: Checkpoint) -> None:
+    plan = make_plan(small, default_recipe("fp8-block"))
+    report = serving_report(plan, parse_gpus("8xH100"), 1000, batch=4, probe=False)
+    held = dict(report["rank_role_bytes"])
+    unread = held["embedding"] + held["mtp"]  # a row of the one, and none of the other
+    read = report["weights_bytes"] - unread - held["routed_expert"] * 7 // 8  # 8 experts of 64
+    cache = report["kv_cache_bytes"] // 4
+    bound = 3350e9 / (read + cache)
+    assert report["tokens_per_second_bound"] == pytest.approx(bound, rel=1e-6)
