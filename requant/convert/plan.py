@@ -188,7 +188,7 @@ class Plan:
         """Identifies source, recipe and version: an output is resumed only under the same key."""
         digest = hashlib.sha256(f"requant {requant.__version__}\n".encode())
         for name, facts in self.source.facts.items():
-            digest.update(f"{name} {facts.nbytes} {facts.mtime_ns}\n".encode())
+            digest.update(f"{name} {facts.nbytes} {facts.version}\n".encode())
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
             digest.update(file.name.encode() + file.header)
@@ -210,7 +210,7 @@ class Plan:
             format_name(w.codec) if w.codec else w.source.format for w in self.weights
         )
         return {
-            "source": str(self.source.path),
+            "source": self.source.folder.label,
             "format": self.recipe.format,
             "recipe": self.recipe.name,
             "files": len(self.files),

@@ -18,7 +18,7 @@ import torch
 
 from requant.convert.cut_rules import rule_of
 from requant.convert.deepseek import original
-from requant.convert.folder import CONFIG_NAME, file_facts, read_json, read_tensors
+from requant.convert.folder import CONFIG_NAME, Folder, folder_at, read_json
 from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.journal import RANKS_NAME
 from requant.convert.names import setting
@@ -69,8 +69,10 @@ def rank_folder(rank: int) -> str:
     return f"rank-{rank:03}"
 
 
-def read_layout(path: Path) -> Layout | None:
+def read_layout(where: Path | Folder) -> Layout | None:
     """What ranks.json of a folder says; None without it. Raises CheckpointError for nonsense."""
+    folder = folder_at(where)
+    path = folder.path
     if not (path / RANKS_NAME).is_file():
         return None
     document = read_json(path / RANKS_NAME, "")
@@ -108,7 +110,7 @@ def read_layout(path: Path) -> Layout | None:
     for file in (file for files in layout.files for file in files):
         if not _FILE.fullmatch(file):
             raise CheckpointError(f"{path / RANKS_NAME}: {file!r} is no .safetensors file of it")
-        if not (path / file).is_file():
+        if not folder.holds(file):
             raise CheckpointError(f"{path}: {file} is absent; copy it again")
     return layout
 
@@ -147,11 +149,15 @@ def deepseek_layout(path: Path, config: dict[str, Any]) -> Layout:
     return dataclasses.replace(layout, tables=tuple(tables))
 
 
-def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None) -> Checkpoint:
+def open_ranks(
+    where: Path | Folder, layout: Layout, config: dict[str, Any] | None = None
+) -> Checkpoint:
     """The whole checkpoint; of this config where the folder has none. Raises CheckpointError or
     FormatError naming rank, weight, numbers."""
+    folder = folder_at(where)
+    path = folder.path
     config = config or read_json(path / CONFIG_NAME, "not a checkpoint folder")
-    ranks = [open_rank(path, layout, rank, config) for rank in range(len(layout.folders))]
+    ranks = [open_rank(folder, layout, rank, config) for rank in range(len(layout.folders))]
     files = tuple(file for rank in ranks for file in rank.files)
     facts = {file: fact for rank in ranks for file, fact in rank.facts.items()}
     held: dict[str, list[tuple[int, StoredWeight]]] = {}
@@ -161,11 +167,11 @@ def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None)
     weights = {}
     for name, pieces in held.items():
         try:
-            where = [layout.tables[number][name] for number, _ in pieces]
-            weights[name] = _joined([weight for _, weight in pieces], where)
+            spans = [layout.tables[number][name] for number, _ in pieces]
+            weights[name] = _joined([weight for _, weight in pieces], spans)
         except FormatError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
-    whole = Checkpoint(path, config, files, facts, weights)
+    whole = Checkpoint(folder, config, files, facts, weights)
     told = {
         name: dataclasses.replace(weight, codec=whole.told(weight.codec, weight.parts))
         for name, weight in weights.items()
@@ -175,28 +181,30 @@ def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None)
 
 
 def open_rank(
-    path: Path, layout: Layout, rank: int, config: dict[str, Any] | None = None
+    where: Path | Folder, layout: Layout, rank: int, config: dict[str, Any] | None = None
 ) -> Checkpoint:
     """What one rank holds, under the whole checkpoint's names; its files are named from `path`.
 
     Raises CheckpointError when it is not what the layout's tables, if any, say.
     """
+    folder = folder_at(where)
+    path = folder.path
     config = config or read_json(path / CONFIG_NAME, "not a checkpoint folder")
     files = layout.files[rank]
     tensors: dict[str, StoredPart] = {}
-    for file in files:
-        for name, part in read_tensors(path, file).items():
+    for file, found in folder.tensors(files):
+        for name, part in found.items():
             whole = original(name) if layout.renamed else name
             if whole in tensors:
                 raise CheckpointError(f"{path / file}: {name} is in another file of its rank, too")
             tensors[whole] = dataclasses.replace(part, name=whole)
-    checkpoint = Checkpoint(path, config, files, {f: file_facts(path / f) for f in files}, {})
+    checkpoint = Checkpoint(folder, config, files, {f: folder.facts(f) for f in files}, {})
     weights = checkpoint.pair_parts(tensors)
     differ = set(weights) ^ set(layout.tables[rank]) if layout.tables else set()
     if differ:
-        name, folder = min(differ), layout.folders[rank]
-        lacks = RANKS_NAME if name in weights else folder
-        raise CheckpointError(f"{path / folder}: {name} is not in {lacks}")
+        name, own = min(differ), layout.folders[rank]
+        lacks = RANKS_NAME if name in weights else own
+        raise CheckpointError(f"{path / own}: {name} is not in {lacks}")
     return dataclasses.replace(checkpoint, weights=weights)
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 import requant
 from requant.convert.builder import Builder
-from requant.convert.folder import CONFIG_NAME, origin
+from requant.convert.folder import CONFIG_NAME
 from requant.convert.journal import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -323,7 +323,7 @@ def _complete(plan: Plan, out: Path, journal: Journal) -> None:
         "torch": torch.__version__,
         "key": plan.key,
         **plan.summary(),
-        **origin(plan.source.path),
+        **plan.source.folder.origin,
         "recipe_sha256": plan.recipe.sha256,
         "source_files": {name: asdict(read[name]) for name in sorted(read)},
         "written": {name: asdict(written[name]) for name in sorted(written)},

@@ -16,7 +16,7 @@ from typing import Any
 from requant.convert import deepseek
 from requant.convert.folder import INDEX_NAME, SINGLE_NAME, read_json
 from requant.convert.fused import StoredPart
-from requant.convert.header import Location, parse_header, raw_header
+from requant.convert.header import Location, parse_header
 from requant.convert.journal import RANKS_NAME
 from requant.convert.patterns import natural_key
 from requant.convert.plan import (
@@ -146,8 +146,8 @@ def _headers(plan: Plan) -> dict[str, str]:
     stored = [part for weight in weights for part in weight.source.parts.values()]
     if any(w.codec is not None for w in weights) or any(p.strides or p.pieces for p in stored):
         return {file.name: file.header[8:].decode() for file in plan.files}
-    path = plan.source.path
-    return {name: raw_header(path / name)[0][8:].decode() for name in plan.source.files}
+    headers = plan.source.folder.raw_headers(plan.source.files)
+    return {name: header[8:].decode() for name, header, _ in headers}
 
 
 def _cut(piece: PlannedPiece, here: Piece) -> PlannedPiece:

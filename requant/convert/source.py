@@ -20,17 +20,16 @@ from requant.convert.folder import (
     INDEX_NAME,
     MODELOPT_NAME,
     FileFacts,
-    file_facts,
+    Folder,
+    folder_at,
+    indexed_files,
     last_name,
     read_json,
-    read_tensors,
-    weight_files,
 )
 from requant.convert.fused import StoredPart, split_experts
 from requant.convert.journal import Digest
 from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
 from requant.convert.readahead import windows_of
-from requant.convert.reader import Files
 from requant.errors import CheckpointError, FormatError
 from requant.quant import (
     ACTIVATION_PARTS,
@@ -124,34 +123,35 @@ class Checkpoint:
     `facts`: what each of `files` was when it was opened.
     """
 
-    path: Path
+    folder: Folder
     config: dict[str, Any]
     files: tuple[str, ...]
     facts: Mapping[str, FileFacts]
     weights: Mapping[str, StoredWeight]
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, where: Path | Folder) -> Checkpoint:
         """Open a folder, also one that was cut into ranks, as the whole checkpoint.
 
         Raises CheckpointError or FormatError naming file, tensor and numbers.
         """
         from requant.convert.rank_folders import open_ranks, read_layout  # it builds on this module
 
+        folder = folder_at(where)
+        path = folder.path
         try:
-            if not path.is_dir():
-                raise CheckpointError(f"{path}: no such folder; give a checkpoint, or `demo`")
+            folder.require()
             config = read_json(path / CONFIG_NAME, "not a checkpoint folder")
-            layout = read_layout(path)
+            layout = read_layout(folder)
             if layout is not None:
-                return open_ranks(path, layout)
-            files, index = weight_files(path)
+                return open_ranks(folder, layout)
+            files, index = indexed_files(folder)
         except OSError as error:  # a name too long, a folder without permission
             raise CheckpointError(f"{path}: cannot open it: {error}") from error
-        facts = {file: file_facts(path / file) for file in files}
+        facts = {file: folder.facts(file) for file in files}
         tensors: dict[str, StoredPart] = {}
-        for file in files:
-            for name, part in read_tensors(path, file).items():
+        for file, found in folder.tensors(files):
+            for name, part in found.items():
                 if name in tensors:
                     raise CheckpointError(
                         f"{path}: {name} is in both {tensors[name].location.file} and {file}; "
@@ -167,8 +167,13 @@ class Checkpoint:
                 )
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
-        checkpoint = cls(path, config, files, facts, {})
+        checkpoint = cls(folder, config, files, facts, {})
         return replace(checkpoint, weights=checkpoint.pair_parts(split_experts(tensors, config)))
+
+    @property
+    def path(self) -> Path:
+        """Where the files lie; of a Hub repository, all but the weights."""
+        return self.folder.path
 
     @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -191,8 +196,7 @@ class Checkpoint:
     @property
     def ignored_files(self) -> list[str]:
         """Files of the folder that could hold weights but are not in the index."""
-        found = (path.name for path in self.path.glob("*.safetensors"))
-        return sorted(set(found) - set(self.files))
+        return sorted(set(self.folder.weight_files()) - set(self.files))
 
     @cached_property
     def files_by_name(self) -> Mapping[str, tuple[str, ...]]:
@@ -206,7 +210,7 @@ class Checkpoint:
     def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
         shape = part.spec.shape
-        return self._files.read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
+        return self.folder.reader.read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
 
     def read_part(self, part: StoredPart, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """What a tile of rows start:stop of the weight has of a part; `spec` is its codec's."""
@@ -214,11 +218,11 @@ class Checkpoint:
         first, last = replace(spec, shape=part.spec.shape).row_range(start, stop)
         if spec.axis == 0:
             return self.read_rows(part, first, last)
-        return self._files.read(part, (part.spec.shape[0], last - first), 0, first)
+        return self.folder.reader.read(part, (part.spec.shape[0], last - first), 0, first)
 
     def read_bytes(self, part: StoredPart, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a stored tensor that is no view, as uint8."""
-        return self._files.read_part(part, begin, end)
+        return self.folder.reader.read_part(part, begin, end)
 
     @contextlib.contextmanager
     def reading(
@@ -233,7 +237,7 @@ class Checkpoint:
             share = windows_of(len(files), windows)
             aheads = {
                 file: stack.enter_context(
-                    self._files.reading(file, self.facts[file].nbytes, *share)
+                    self.folder.reader.reading(file, self.facts[file].nbytes, *share)
                 )
                 for file in files
             }
@@ -241,18 +245,10 @@ class Checkpoint:
             def finish() -> dict[str, Digest]:
                 read = {file: ahead.finish() for file, ahead in aheads.items()}
                 for file in files:
-                    self._require_unchanged(file)
+                    self.folder.require_unchanged(file, self.facts[file], read[file])
                 return read
 
             yield finish
-
-    def _require_unchanged(self, file: str) -> None:
-        """Raise CheckpointError when a file is not the one that was opened."""
-        if file_facts(self.path / file) != self.facts[file]:
-            raise CheckpointError(
-                f"{self.path / file}: changed while being read; keep the source as it is, and "
-                "start over"
-            )
 
     def read_tile(self, weight: StoredWeight, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The stored parts of rows start:stop of a matrix."""
@@ -384,10 +380,6 @@ class Checkpoint:
             )
         role = role_of(part.name, shape, self.config)
         return StoredWeight(part.name, role, shape, None, {last: part})
-
-    @cached_property
-    def _files(self) -> Files:
-        return Files(self.path)
 
 
 def _is_encoded(parts: Mapping[str, StoredPart]) -> bool:
