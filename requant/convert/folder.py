@@ -5,8 +5,10 @@ Nothing here knows formats.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +26,11 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MODELOPT_NAME = "hf_quant_config.json"
+#: Beside a download: of which repository and commit it is, and what was checked.
+TRACE_NAME = ".requant-download.jsonl"
 
+#: How a repository on the Hub is named, at a branch, tag or commit.
+REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 #: Longest JSON file that is read: the index of a million tensors.
 MAX_JSON_BYTES = 100_000_000
 
@@ -60,6 +66,10 @@ class Folder:
         if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
             repo = real.parents[1].name.removeprefix("models--").replace("--", "/")
             return {"source_repo": repo, "source_revision": real.name}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with (self.path / TRACE_NAME).open("rb") as trace:
+                event = json.loads(trace.readline())
+            return {key: event[key] for key in ("source_repo", "source_revision")}
         traces = (self.path / ".cache" / "huggingface" / "download").glob("*.safetensors.metadata")
         revisions = {trace.read_text("utf-8", "replace").partition("\n")[0] for trace in traces}
         return {
@@ -115,6 +125,19 @@ class Folder:
 
     def release(self, files: Iterable[str]) -> None:
         """Nothing more is read of these files."""
+
+    def disk_bytes(self, disk: int | None) -> int:
+        """How much of the source is brought to the disk at a time; `disk`: at most."""
+        return 0
+
+    @contextlib.contextmanager
+    def staged(self, at: Path, disk: int | None, rank: int, processes: int) -> Iterator[None]:
+        """While inside, what is read is brought to `at` first, where it lies elsewhere, by several
+        processes in at most `disk` bytes together."""
+        yield
+
+    def settle(self, at: Path) -> None:
+        """Everything was read; nothing is left at `at`."""
 
 
 def folder_at(where: Path | Folder) -> Folder:

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ from requant.convert.folder import CONFIG_NAME
 from requant.convert.journal import (
     JOURNAL_NAME,
     MANIFEST_NAME,
+    STAGING_NAME,
+    Digest,
     Finished,
     Halfway,
     Journal,
@@ -59,12 +61,13 @@ MALLOC_BYTES = 31 << 20
 @dataclass(frozen=True)
 class Runtime:
     """Where and how widely tiles are computed, and by which processes. `windows` of the source are
-    held in memory (readahead.py)."""
+    held in memory (readahead.py), and at most `disk` bytes of one on the Hub on the disk."""
 
     device: torch.device
     workers: int
     windows: int = WINDOWS
     team: Team = field(default_factory=Team)
+    disk: int | None = None
 
 
 def convert(
@@ -102,7 +105,7 @@ def convert(
                 _check_finished(plan, out)
                 return None
             journal = leaving.enter_context(_leaving(_claim(plan, out), created))
-            _require_room(plan, out, journal)
+            _require_room(plan, out, journal, runtime)
             return list(journal.finished), journal.halfway
 
         begun = team.first(begin)
@@ -113,14 +116,19 @@ def convert(
                     journal = leaving.enter_context(Journal(out, plan.key, team.rank))
                 journal.halfway = begun[1]
             assert journal is not None
-            _write_files(plan, journal, set(begun[0]), runtime, progress)
-            if not team.leads:
-                journal.close()
-            team.meet(progress)
+            folder, staging = plan.source.folder, out / STAGING_NAME
+            with folder.staged(staging, runtime.disk, team.rank, team.size):
+                _write_files(plan, journal, set(begun[0]), runtime, progress)
+                if not team.leads:
+                    journal.close()
+                team.meet(progress)
+                if team.leads:
+                    with writing(journal.path):
+                        journal.absorb()
+                    read = _read_rest(plan, journal)
             if team.leads:
-                with writing(journal.path):
-                    journal.absorb()
-                _complete(plan, out, journal)
+                folder.settle(staging)
+                _complete(plan, out, journal, read)
     return {
         **plan.summary(),
         "output": str(out),
@@ -139,7 +147,7 @@ def _claim(plan: Plan, out: Path) -> Journal:
             raise CheckpointError(f"{out}: is a file; choose a folder")
         out.mkdir(parents=True, exist_ok=True)
     with writing(out / MANIFEST_NAME):
-        journal = Journal(out, plan.key)
+        journal = Journal(out, plan.key, origin=plan.source.folder.origin)
         try:
             journal.absorb()
         except BaseException:
@@ -163,7 +171,7 @@ def _require_apart(plan: Plan, out: Path) -> None:
         raise CheckpointError(f"{out}: holds the source folder; choose another one")
 
 
-def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
+def _require_room(plan: Plan, out: Path, journal: Journal, runtime: Runtime) -> None:
     """Raise CheckpointError when the disk cannot hold what is still to be written."""
     kept = {name: n for half in journal.halfway.values() for name, n in half.positions.items()}
     for file in plan.files:  # what a killed run left half-written and cannot continue is room
@@ -175,6 +183,8 @@ def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
     needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
     needed -= sum(facts.written.nbytes for facts in journal.finished.values())
     needed -= sum(nbytes for name, nbytes in kept.items() if name not in journal.finished)
+    staged = [path.stat().st_size for path in (out / STAGING_NAME).rglob("*") if path.is_file()]
+    needed += max(0, plan.source.folder.disk_bytes(runtime.disk) - sum(staged))
     free = shutil.disk_usage(out).free
     if needed > free:
         raise CheckpointError(
@@ -271,6 +281,7 @@ def _write_group(
             written = output.commit()
             with writing(journal.path):
                 journal.finish(planned.name, Finished(written, read))
+        source.folder.release(read)
 
 
 def _fill(
@@ -302,13 +313,18 @@ def _fill(
         wait(pending)
 
 
-def _complete(plan: Plan, out: Path, journal: Journal) -> None:
-    """Side files, index, check, config, manifest: the folder becomes loadable only here."""
-    written = {name: facts.written for name, facts in journal.finished.items()}
+def _read_rest(plan: Plan, journal: Journal) -> dict[str, Digest]:
+    """The digests of all source files, also of those that hold nothing but scales."""
     read = {name: d for facts in journal.finished.values() for name, d in facts.read.items()}
-    for name in sorted(set(plan.source.files) - set(read)):  # what holds nothing but scales
+    for name in sorted(set(plan.source.files) - set(read)):
         with plan.source.reading([name], WINDOWS) as finish:
             read |= finish()
+    return read
+
+
+def _complete(plan: Plan, out: Path, journal: Journal, read: Mapping[str, Digest]) -> None:
+    """Side files, index, check, config, manifest: the folder becomes loadable only here."""
+    written = {name: facts.written for name, facts in journal.finished.items()}
     written |= copy_side_files(plan.source.path, out)
     for name, document in plan.documents.items():
         written[name] = write_json(out / name, document)

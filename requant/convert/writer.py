@@ -16,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -288,15 +288,19 @@ def side_files(source: Path) -> list[str]:
         for name in sorted(files):
             path = Path(folder, name)
             relative = path.relative_to(source)
-            if name.startswith(".") or path.suffix in _WEIGHT_SUFFIXES:
+            if not is_side_file(name) or name.endswith((".index.json", PARTIAL_SUFFIX)):
                 continue
-            if name.endswith(".index.json") or str(relative) in _DESCRIPTIONS:
-                continue
-            if name.endswith(PARTIAL_SUFFIX):
+            if str(relative) in _DESCRIPTIONS:
                 continue
             _require_inside(path, source)
             found.append(str(relative))
     return found
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a repository is no weight in any container, and not hidden."""
+    path = PurePosixPath(name)
+    return path.suffix not in _WEIGHT_SUFFIXES and not any(p.startswith(".") for p in path.parts)
 
 
 def copy_side_files(source: Path, out: Path) -> dict[str, Digest]:

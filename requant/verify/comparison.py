@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from requant.convert.folder import Folder
 from requant.convert.names import TensorName
 from requant.convert.processes import Team
 from requant.convert.rank_folders import (
@@ -74,7 +75,7 @@ class Held:
 
 
 def verify(
-    source: Path,
+    source: Path | Folder,
     output: Path,
     *,
     device: torch.device | str = "cpu",
@@ -99,7 +100,9 @@ def verify(
     model = team.each(lambda: Model(original, device, CACHE_BYTES))
     words = heldout_text() if text is None else text
     positions = model.config.max_position_embeddings
-    ids = team.each(lambda: token_sequences(load_tokenizer(source), words, tokens, positions))
+    ids = team.each(
+        lambda: token_sequences(load_tokenizer(original.path), words, tokens, positions)
+    )
     structure, problems, form = team.first(lambda: _structure(original, output))
     found = Measurements()
     if structure is not None:
@@ -113,7 +116,7 @@ def verify(
     return team.first(
         lambda: {
             "ok": not problems and found.sums is not None,
-            "source": str(source),
+            "source": original.folder.label,
             "output": str(output),
             "format": form,
             **numbers(found, limit),
