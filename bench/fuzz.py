@@ -2,9 +2,10 @@
 
 Small checkpoints in many formats are spoiled at random: headers, index, config.json,
 hf_quant_config.json, ranks.json, bitsandbytes' quant_state, bytes of weights, and the folder itself
-(links, FIFOs, folders with names of files). Each case opens, inspects and plans the result, and converts a
-sample. It must work or raise RequantError with one line that names the file or the tensor, soon,
-in little memory, writing nothing outside OUT. Anything else is a finding; exits with 1 then.
+(links, FIFOs, folders with names of files). Each case opens, inspects and plans the result, and
+converts a sample. It must work or raise RequantError with one line that names the file or the
+tensor, soon, in little memory, writing nothing outside OUT. Anything else is a finding; exits with
+1 then.
 
 A case depends on seed and number alone: `--case 17` runs one and prints where it went wrong.
 """
