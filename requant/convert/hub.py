@@ -109,11 +109,11 @@ class Repository:
 
 
 class HubFolder(Folder):
-    """A checkpoint on the Hub; `path` is in the cache and has all its files but the weights."""
+    """A checkpoint on the Hub; `path` has all its files but the weights: by default the cache."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, path: Path | None = None) -> None:
         self.repository = repository
-        super().__init__(repository.cache(filter(is_side_file, repository.files)))
+        super().__init__(path or repository.cache(filter(is_side_file, repository.files)))
         self._weights = {
             name: file for name, file in repository.files.items() if name.endswith(".safetensors")
         }
