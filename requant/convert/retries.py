@@ -11,12 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
 from requant.errors import CheckpointError
@@ -39,8 +34,6 @@ def attempt(where: str, call: Callable[[], T]) -> T:
     for number in range(ATTEMPTS):
         try:
             return call()
-        except (HFValidationError, LocalTokenNotFoundError) as error:
-            raise CheckpointError(f"{where}: {_first_line(error)}") from error
         except (HfHubHTTPError, httpx2.TransportError, OSError, RuntimeError) as error:
             failure = _failure(error)
             if failure is None:
@@ -48,6 +41,8 @@ def attempt(where: str, call: Callable[[], T]) -> T:
             wait = _seconds_to_wait(failure, number)
             if wait is None or number == ATTEMPTS - 1:
                 raise _told(where, failure) from error
+        except ValueError as error:  # how the client tells of metadata or quotas that are refused
+            raise CheckpointError(f"{where}: {' '.join(str(error).split())}") from error
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 

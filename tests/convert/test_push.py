@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from requant.convert import push, retries
 from requant.convert.journal import Digest
@@ -225,6 +225,19 @@ def test_tokens_and_names(hub: HubServer, tmp_path: Path) -> None:
     token.unlink()
     refused("org/open", "no token to upload with; set HF_TOKEN")
     assert "org/new" not in hub.repos
+
+
+def test_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="cannot reach the Hub .*offline mode is enabled"):
+        Push(REPO, "key")
+
+
+def test_a_card_that_the_hub_refuses(hub: HubServer, out: Path) -> None:
+    with Push(REPO, "key") as pushing:
+        with pytest.raises(CheckpointError, match=f"^{REPO}: Invalid metadata in README.md. - "):
+            pushing.finish(out, SMALL, "---\na: [\n---\n")
+    assert held(hub) == {}
 
 
 def test_a_token_that_expires_on_the_way(hub: HubServer, out: Path) -> None:
