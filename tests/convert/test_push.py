@@ -189,6 +189,16 @@ def test_another_model_is_refused_or_replaced(hub: HubServer, out: Path, found: 
     assert held(hub) == expected(out) | {"notes.txt": b"mine"}
 
 
+def test_a_file_of_the_other_model_that_is_the_same_stays(hub: HubServer, out: Path) -> None:
+    same = out / "2.safetensors"
+    hub.add(REPO, {"old.safetensors": b"old", same.name: same, ".gitattributes": b""})
+
+    with Push(REPO, "key", overwrite=True) as pushing:
+        assert send(pushing, out, 2)  # whoever is told that may remove the local one
+        send(pushing, out, 0)
+        assert sorted(held(hub)) == [MARKER_NAME, "0.safetensors", same.name]
+
+
 def test_a_branch_of_its_own(hub: HubServer, out: Path) -> None:
     HfApi().create_repo(REPO)
     HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=REPO)
