@@ -128,8 +128,9 @@ class Handler(BaseHTTPRequestHandler):
         self.request_log.nbytes = nbytes
         self._fault = self.hub.fault(self.request_log)
         if isinstance(self._fault, Status):
-            after = self._fault.retry_after
+            after, reset = self._fault.retry_after, self._fault.reset
             headers = {} if after is None else {"Retry_After": str(after)}
+            headers |= {} if reset is None else {"RateLimit": f'"api";r=0;t={reset}'}
             raise Refusal(self._fault.code, "told to fail", **headers)
         return self._fault
 

@@ -34,10 +34,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Status:
-    """Answer with this status instead, and do nothing."""
+    """Answer with this status instead, and do nothing. Seconds to wait are told the old way, or
+    the Hub's own (`reset`)."""
 
     code: int
     retry_after: int | None = None
+    reset: int | None = None
 
 
 @dataclass(frozen=True)

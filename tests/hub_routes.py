@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qs, quote
 
+import yaml
+
 from tests.hub_answers import Handler, Refusal
 from tests.hub_repos import GITATTRIBUTES, Blob, Commit, Repo, is_lfs
 
@@ -25,8 +27,7 @@ def route(handler: Handler) -> None:
         case ["api", "whoami-v2"]:
             return _whoami(handler)
         case ["api", "validate-yaml"]:
-            handler.body()
-            return handler.json({"errors": [], "warnings": []})
+            return _validate_card(handler)
         case ["api", "repos", "create"]:
             return _create(handler)
         case ["api", "models", org, name, *rest]:
@@ -115,6 +116,17 @@ def _whoami(handler: Handler) -> None:
     access = {"accessToken": {"displayName": "test", "role": role}}
     facts = {"type": "user", "name": handler.hub.user, "orgs": orgs, "auth": access}
     handler.json(facts)
+
+
+def _validate_card(handler: Handler) -> None:
+    """Whether a README.md begins with metadata that can be read."""
+    front = json.loads(handler.body())["content"].split("---")
+    errors = []
+    try:
+        yaml.safe_load(front[1] if len(front) > 2 else "")
+    except yaml.YAMLError as error:
+        errors.append({"message": str(error)})
+    handler.json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
 def _create(handler: Handler) -> None:
