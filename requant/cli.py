@@ -6,6 +6,7 @@ torch is imported inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import sys
@@ -23,6 +24,7 @@ from requant.options import (
     Device,
     MaxKl,
     Out,
+    Pushing,
     Running,
     Source,
     Target,
@@ -35,7 +37,9 @@ from requant.output import Output, error
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from requant.convert.delivery import Delivery
     from requant.convert.folder import Folder
+    from requant.convert.plan import Plan
     from requant.convert.processes import Team
 
 app = typer.Typer(
@@ -136,6 +140,7 @@ def convert_command(
     target: Target,
     cutting: Cutting,
     running: Running,
+    pushing: Pushing,
     output: Output,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run source and output afterwards, and judge.")
@@ -149,21 +154,38 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint into another format, and cut it for --ranks GPUs in the same pass.
     Repeating the command continues it."""
+    from requant.convert.folder import Folder
     from requant.convert.report import plan_table
 
     if max_kl is not None and not verify:
         raise RequantError("--max-kl has no effect without --verify")
+    pushing.check()
     folder = _kept(source, out, keep_source, output)
-    result = running.execute(
-        lambda: cutting.of(target.plan(folder)), out, "convert", output, device
-    )
-    if result is None:
-        return
-    if not (verify and output.json):
-        output.result(result, lambda: plan_table(result))
+    with contextlib.ExitStack() as leaving:
+        delivery: Delivery | None = None
+
+        def receive(plan: Plan) -> Delivery | None:
+            nonlocal delivery
+            delivery = pushing.open(plan, out, running.overwrite)
+            return None if delivery is None else leaving.enter_context(delivery)
+
+        result = running.execute(
+            lambda: cutting.of(target.plan(folder)), out, "convert", output, device, receive
+        )
+        if result is None:
+            return
+        if not output.json:
+            output.result(result, lambda: plan_table(result))
+        if verify:
+            written = Folder(out) if delivery is None else delivery.settle()
+            result["verify"] = _verify(folder, written, max_kl, device, output)
+        if delivery is not None:
+            result["pushed"] = delivery.publish(result.get("verify"))
+            output.status(f"uploaded to {result['pushed']}")
     if verify:
-        verdict = _verify(folder, out, max_kl, device, output)
-        _judge(verdict, {**result, "verify": verdict}, output)
+        _judge(result["verify"], result, output)
+    elif output.json:
+        output.result(result)
 
 
 @command("shard")
@@ -352,7 +374,7 @@ def _kept(source: str, out: Path, keep: Path | None, output: Output) -> Folder:
 
 def _verify(
     source: Folder,
-    out: Path,
+    out: Path | Folder,
     max_kl: float | None,
     device: str | None,
     output: Output,
@@ -366,7 +388,8 @@ def _verify(
     processes = processes or Team()
     words = processes.each(lambda: _read_text(text))
     where = processes.each(lambda: compute_device(device))
-    output.status(f"verify: running {source.label} and {out} side by side")
+    label = out if isinstance(out, Path) else out.label
+    output.status(f"verify: running {source.label} and {label} side by side")
     # Close enough for a bar: headers are a few kilobytes.
     nbytes = sum(source.facts(file).nbytes for file in source.weight_files())
     with output.progress(nbytes, "verify") as progress:

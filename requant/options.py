@@ -21,6 +21,8 @@ from requant.output import Output, parse_size
 if TYPE_CHECKING:
     import torch
 
+    from requant.convert.claim import Receiver
+    from requant.convert.delivery import Delivery
     from requant.convert.folder import Folder
     from requant.convert.plan import Plan
 
@@ -207,9 +209,10 @@ class Running:
         what: str,
         output: Output,
         device: str | None = "cpu",
+        receive: Callable[[Plan], Receiver | None] = lambda plan: None,
     ) -> dict[str, Any] | None:
         """Make a plan and carry it out; what was done. None in the processes of a team that do not
-        report."""
+        report. `receive` gives who takes the files of a plan."""
         from requant.convert.budget import runtime
         from requant.convert.processes import team
         from requant.convert.run import convert
@@ -225,10 +228,46 @@ class Running:
             if disk is not None and not plan.source.folder.disk_bytes(disk):
                 raise RequantError("--disk has no effect on a source that is on this disk")
             how = runtime(plan, compute_device(device), self.workers, ram, processes)
-            how = dataclasses.replace(how, disk=disk)
+            how = dataclasses.replace(how, disk=disk, receiver=receive(plan))
             with output.progress(plan.read_bytes, what) as progress:
                 result = convert(plan, out, how, progress, self.overwrite)
         return result if processes.leads else None
+
+
+@dataclass(frozen=True)
+class Pushing:
+    """The options that say where to upload the result."""
+
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload to org/name[@branch] on the Hub, with a card."),
+    ] = None
+    private: Annotated[
+        bool, typer.Option("--private", help="Create that repository as a private one.")
+    ] = False
+    no_keep: Annotated[
+        bool, typer.Option("--no-keep", help="Remove files of weights once they are uploaded.")
+    ] = False
+
+    def check(self) -> None:
+        """Raise RequantError for options that have no effect."""
+        from requant.convert.processes import launched
+
+        if self.push is None and (self.private or self.no_keep):
+            raise RequantError("--private and --no-keep have no effect without --push")
+        if self.push is not None and launched():
+            raise RequantError("--push takes one process; upload afterwards, by repeating it")
+
+    def open(self, plan: Plan, out: Path, overwrite: bool) -> Delivery | None:
+        """Who uploads the files of a plan, if that was asked for."""
+        if self.push is None:
+            return None
+        from requant.convert.delivery import Delivery
+
+        return Delivery(
+            plan, out, self.push,
+            keeps=not self.no_keep, private=self.private, overwrite=overwrite,
+        )  # fmt: skip
 
 
 def open_source(source: str, out: Path | None = None) -> Folder:

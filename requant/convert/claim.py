@@ -21,7 +21,6 @@ from requant.convert.plan import Plan
 from requant.convert.writer import PARTIAL_SUFFIX, json_bytes, side_files, writing
 from requant.errors import CheckpointError
 
-
 #: Files that lie in OUT at a time, at most, where finished ones are taken from it.
 FILES_AT_A_TIME = 4
 

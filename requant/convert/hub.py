@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils.logging import set_verbosity_error
 
 from requant.convert.fetch import fetch, patiently
 from requant.convert.folder import REPOSITORY, FileFacts, Folder
@@ -27,6 +28,8 @@ from requant.convert.spool import LEAST_BYTES, Spool, remove, require_agreement
 from requant.convert.writer import is_side_file
 from requant.errors import CheckpointError, RequantError
 from requant.output import size
+
+set_verbosity_error()  # what the client has to say is said by our errors
 
 #: How much of a file is fetched for its header before its length is known, and how many at a time.
 HEADER_BYTES = 1 << 17

@@ -135,7 +135,7 @@ class Push:
         `digest` is trusted; a file that the Hub has need not lie at `path` any more.
         """
         self._pushed[name] = digest
-        if self._holds(name, digest):
+        if self.holds(name, digest):
             self._on_committed(name)
             return True
         if not path.is_file():
@@ -234,7 +234,8 @@ class Push:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _holds(self, name: str, digest: Digest) -> bool:
+    def holds(self, name: str, digest: Digest) -> bool:
+        """Whether the Hub has this file."""
         entry = self._there.get(name)
         return entry is not None and entry.lfs is not None and entry.lfs.sha256 == digest.sha256
 
@@ -243,7 +244,7 @@ class Push:
         for name in names:
             entry = self._there.get(name)
             small = entry is not None and entry.lfs is None  # git's hash says nothing of SHA-256
-            if not small and not self._holds(name, self._pushed[name]):
+            if not small and not self.holds(name, self._pushed[name]):
                 raise CheckpointError(
                     f"{self.target}: {name} is not what was uploaded; has somebody else written "
                     "to it? Repeat the command"

@@ -59,6 +59,20 @@ class Recipe:
         }
         return hashlib.sha256(json.dumps(tables).encode()).hexdigest()
 
+    @property
+    def text(self) -> str:
+        """It as a recipe file."""
+        tables = (("roles", self.roles), ("modules", self.modules))
+        return "\n".join(
+            f"[{key}]\n"
+            + "".join(
+                f"{json.dumps(left)} = {json.dumps(format_name(codec) if codec else 'keep')}\n"
+                for left, codec in table.items()
+            )
+            for key, table in tables
+            if table
+        )
+
     def target(self, weight: StoredWeight) -> Codec | None:
         """The codec this weight is to be written in; None to keep it as it is stored."""
         if weight.codec is None or weight.kind not in LINEAR_ROLES:

@@ -257,7 +257,11 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Digest:
     """Write a JSON file under a temporary name, then rename it."""
-    data = json_bytes(value)
+    return write_bytes(path, json_bytes(value))
+
+
+def write_bytes(path: Path, data: bytes) -> Digest:
+    """Write a small file under a temporary name, then rename it."""
     return _write_chunks(path, len(data), [data])
 
 
