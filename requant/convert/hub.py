@@ -29,7 +29,7 @@ from requant.convert.writer import is_side_file
 from requant.errors import CheckpointError, RequantError
 from requant.output import size
 
-set_verbosity_error()  # what the client has to say is said by our errors
+set_verbosity_error()  # type: ignore[no-untyped-call]  # what the client has to say is said by our errors
 
 #: How much of a file is fetched for its header before its length is known, and how many at a time.
 HEADER_BYTES = 1 << 17
