@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import hf_raise_for_status
 
 from requant.convert import push, retries
 from requant.convert.journal import Digest
@@ -306,6 +308,15 @@ def test_gives_up_in_the_end(hub: HubServer, out: Path, waits: list[float]) -> N
     hub.fault = first(1000, Cut(0), "GET", "/tree/")
     with pytest.raises(CheckpointError, match=f"^{REPO}: cannot reach the Hub .*; repeat the comm"):
         Push(REPO, "key")
+
+
+def test_a_page_instead_of_a_message_is_cut() -> None:
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/org/model")
+    answer = httpx2.Response(451, text="not here\n\nsincerely", request=request)
+    with pytest.raises(CheckpointError) as raised:
+        retries.attempt(REPO, lambda: hf_raise_for_status(answer))
+    expected = f"{REPO}: the Hub answers 451 (not here); check the name, and that your token"
+    assert str(raised.value) == f"{expected} may write there"
 
 
 def test_nothing_is_finished_without_its_weights(hub: HubServer, out: Path) -> None:
