@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +41,7 @@ _PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class StoredPart:
+class StoredPart(NamedTuple):
     """One stored tensor: its full name, dtype, shape and place.
 
     `strides` is None for a tensor that lies in one piece. Of a view of a fused tensor it holds the
@@ -124,8 +123,8 @@ def _views(
     interleaved = part in ("_blocks", "_scales") or setting(config, "model_type") == "gpt_oss"
     for expert in range(count):
         begin = tensor.location.begin + expert * nbytes
-        location = replace(tensor.location, begin=begin, end=begin + nbytes)
-        one = replace(tensor, name="", spec=whole, location=location)
+        location = tensor.location._replace(begin=begin, end=begin + nbytes)
+        one = tensor._replace(name="", spec=whole, location=location)
         if transposed:
             one = _transpose(one, itemsize)
         halves = [("down_proj", one)]
@@ -133,7 +132,7 @@ def _views(
             gate, up = _halves(one, interleaved, tensor.name)
             halves = [("gate_proj", gate), ("up_proj", up)]
         for projection, view in halves:
-            yield replace(view, name=f"{experts}.{expert}.{projection}.{_PARTS[part]}")
+            yield view._replace(name=f"{experts}.{expert}.{projection}.{_PARTS[part]}")
 
 
 def _is_transposed(
@@ -156,7 +155,7 @@ def _transpose(one: StoredPart, itemsize: int) -> StoredPart:
     """[in, out] seen as [out, in]."""
     rows, cols = one.spec.shape
     spec = replace(one.spec, shape=(cols, rows))
-    return replace(one, spec=spec, strides=(itemsize, cols * itemsize))
+    return one._replace(spec=spec, strides=(itemsize, cols * itemsize))
 
 
 def _halves(one: StoredPart, interleaved: bool, name: str) -> tuple[StoredPart, StoredPart]:
@@ -174,8 +173,8 @@ def _halves(one: StoredPart, interleaved: bool, name: str) -> tuple[StoredPart, 
     def half(offset: int) -> StoredPart:
         begin = one.location.begin + offset
         end = begin + spec.nbytes if strides is None else one.location.end
-        return replace(
-            one, spec=spec, location=Location(one.location.file, begin, end), strides=strides
+        return one._replace(
+            spec=spec, location=Location(one.location.file, begin, end), strides=strides
         )
 
     return half(0), half(shift)

@@ -189,7 +189,7 @@ def open_rank(
             whole = original(name) if layout.renamed else name
             if whole in tensors:
                 raise CheckpointError(f"{path / file}: {name} is in another file of its rank, too")
-            tensors[whole] = dataclasses.replace(part, name=whole)
+            tensors[whole] = part._replace(name=whole)
     checkpoint = Checkpoint(path, config, files, {f: file_facts(path / f) for f in files}, {})
     weights = checkpoint.pair_parts(tensors)
     differ = set(weights) ^ set(layout.tables[rank]) if layout.tables else set()
@@ -269,7 +269,7 @@ def _put_together(
                     _moved, codec, part, stored.spec, (shape[0], shape[1]), start * axis
                 )
             joined.append(StoredPiece(stored.location, cut[part].patch, moved))
-        parts[part] = dataclasses.replace(first.parts[part], spec=spec, pieces=tuple(joined))
+        parts[part] = first.parts[part]._replace(spec=spec, pieces=tuple(joined))
     activations = {
         part: _alike(tensor, [_part(piece, part) for piece in pieces])
         for part, tensor in first.activations.items()
@@ -301,7 +301,7 @@ def _moved(
 def _alike(tensor: StoredPart, copies: Iterable[StoredPart]) -> StoredPart:
     """A tensor that every rank has: all copies are read, and compared."""
     pieces = tuple(StoredPiece(copy.location, None) for copy in copies)
-    return dataclasses.replace(tensor, pieces=pieces)
+    return tensor._replace(pieces=pieces)
 
 
 def _part(weight: StoredWeight, part: str) -> StoredPart:
