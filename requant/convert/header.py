@@ -78,9 +78,7 @@ def raw_header(path: Path) -> tuple[bytes, int]:
         raise CheckpointError(f"{path}: {error.strerror or error}; cannot read it") from error
 
 
-def parse_header(
-    header: bytes, size: int | None, path: Path, file: str = ""
-) -> Tensors:
+def parse_header(header: bytes, size: int | None, path: Path, file: str = "") -> Tensors:
     """What `read_header` gives, from the first bytes of a file of `size` bytes; None: as many as
     the header says. Raises CheckpointError for a header that contradicts itself."""
     text, start = header[8:], len(header)
@@ -172,8 +170,7 @@ def _parse_any(raw: bytes, path: Path, file: str, start: int) -> Tensors:
         if not name.isprintable():
             raise CheckpointError(f"{path}: {name!a}: unprintable characters in a tensor's name")
     return {
-        name: _parse_entry(f"{path}: {name}", entry, file, start)
-        for name, entry in entries.items()
+        name: _parse_entry(f"{path}: {name}", entry, file, start) for name, entry in entries.items()
     }
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 
 import requant
-from requant.convert.containers import choose_codecs, expert_dtype, quantization_config
+from requant.convert.containers import Choice, choose_codecs, expert_dtype, quantization_config
 from requant.convert.engines import engine_notes
 from requant.convert.folder import INDEX_NAME, SINGLE_NAME, last_name
 from requant.convert.header import layout
-from requant.convert.lossless import keeps_values
+from requant.convert.lossless import keeps_values, kept_by_formats
 from requant.convert.names import setting
 from requant.convert.recipe import Recipe
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import Kind, StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec, format_name
 from requant.quant.codec import TORCH_DTYPES
@@ -37,28 +38,20 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-@dataclass(frozen=True)
-class PlannedWeight:
-    """One weight: where its parts go. `codec` None means: copy the stored bytes.
+@dataclass(frozen=True, eq=False)
+class Form:
+    """How weights that are alike are written: their parts, and what becomes of their values.
 
-    `lossless`: converted without a change of value; `repack`: by handing over its codes. `reason`
-    says why codes that the target could take are requantized all the same. `companions` are the
-    weights that share the summary of a two-pass format with this one, itself included.
+    `codec` None means: copy the stored bytes. `lossless`: converted without a change of value;
+    `repack`: by handing over its codes. `reason` says why codes that the target could take are
+    requantized all the same.
     """
 
-    source: StoredWeight
     codec: Codec | None
     specs: Mapping[str, TensorSpec]
     lossless: bool = False
     repack: bool = False
     reason: str | None = None
-    companions: tuple[StoredWeight, ...] = ()
-
-    def stored_name(self, part: str) -> str:
-        """The full name of one of its parts in the output."""
-        if self.codec is None:
-            return self.source.tensors[part].name
-        return self.source.name.removesuffix("weight") + part
 
     @cached_property
     def streamed(self) -> str | None:
@@ -68,10 +61,61 @@ class PlannedWeight:
         in_order = spec.axis == 0 and spec.rows != 0 and spec.nbytes % 8 == 0
         return part if in_order else None
 
+    @cached_property
+    def identity(self) -> str:
+        """What tells it from others."""
+        return f"{self.codec!r}, {self.repack!r}"
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One weight: where its parts go. `companions` are the weights that share the summary of a
+    two-pass format with this one, itself included."""
+
+    source: StoredWeight
+    form: Form
+    companions: tuple[StoredWeight, ...] = ()
+
+    @property
+    def codec(self) -> Codec | None:
+        """What it is encoded with; None where its bytes are copied."""
+        return self.form.codec
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Its parts in the output."""
+        return self.form.specs
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it is converted, and no value changes."""
+        return self.form.lossless
+
+    @property
+    def repack(self) -> bool:
+        """Whether its codes are handed over."""
+        return self.form.repack
+
+    @property
+    def reason(self) -> str | None:
+        """Why its codes are not, though the target takes such."""
+        return self.form.reason
+
+    @property
+    def streamed(self) -> str | None:
+        """See `Form.streamed`."""
+        return self.form.streamed
+
     @property
     def written_codec(self) -> Codec | None:
         """The codec that reads the result; None for a tensor that is no matrix."""
-        return self.codec or self.source.codec
+        return self.form.codec or self.source.codec
+
+    def stored_name(self, part: str) -> str:
+        """The full name of one of its parts in the output."""
+        if self.form.codec is None:
+            return self.source.tensors[part].name
+        return self.source.name.removesuffix("weight") + part
 
 
 @dataclass(frozen=True)
@@ -90,11 +134,14 @@ class PlannedPiece:
     shift: int = 0
     in_place: bool = False
 
-    @cached_property
+    @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The tensors of the file, by part."""
-        if self.cuts is None:
-            return self.weight.specs
+        return self.weight.form.specs if self.cuts is None else self._cut_specs
+
+    @cached_property
+    def _cut_specs(self) -> Mapping[str, TensorSpec]:
+        assert self.cuts is not None
         return {p: self.cuts[p].spec if p in self.cuts else s for p, s in self.weight.specs.items()}
 
     @property
@@ -163,15 +210,23 @@ class Plan:
     reads_back: Mapping[str, Codec | None]
     ranks: Mapping[str, Any] | None = None
 
-    @property
+    @cached_property
     def files(self) -> list[PlannedFile]:
         """Every file that is written."""
         return [file for group in self.groups for file in group.files]
 
-    @property
+    @cached_property
     def weights(self) -> list[PlannedWeight]:
         """Every weight, in file order."""
         return [weight for group in self.groups for weight in group.weights]
+
+    @cached_property
+    def _alike(self) -> Mapping[tuple[Kind, Form], list[PlannedWeight]]:
+        """The weights by what they are and how they are written, in file order."""
+        alike: dict[tuple[Kind, Form], list[PlannedWeight]] = {}
+        for weight in self.weights:
+            alike.setdefault((weight.source.alike, weight.form), []).append(weight)
+        return alike
 
     @property
     def read_bytes(self) -> int:
@@ -194,8 +249,8 @@ class Plan:
             digest.update(file.name.encode() + file.header)
             for piece in file.pieces:
                 weight = piece.weight
-                identity = weight.source.name, weight.codec, weight.repack, piece.cuts
-                digest.update(repr(identity).encode())
+                told = f"({weight.source.name!r}, {weight.form.identity}, {piece.cuts!r})"
+                digest.update(told.encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -204,11 +259,14 @@ class Plan:
 
     @cached_property
     def _summary(self) -> dict[str, Any]:
-        converted = [weight for weight in self.weights if weight.codec is not None]
-        lossless = sum(weight.lossless for weight in converted)
-        formats = Counter(
-            format_name(w.codec) if w.codec else w.source.format for w in self.weights
-        )
+        copied = lossless = 0
+        formats: Counter[str] = Counter()
+        for (kind, form), weights in self._alike.items():
+            formats[format_name(form.codec) if form.codec else kind.format] += len(weights)
+            copied += len(weights) if form.codec is None else 0
+            lossless += len(weights) if form.lossless else 0
+        converted = [weight for weight in self.weights if weight.form.codec is not None]
+        unknown = {k for k, _ in self._alike if k.purpose == "other" and k.leaf != "eh_proj"}
         return {
             "source": str(self.source.path),
             "format": self.recipe.format,
@@ -217,7 +275,7 @@ class Plan:
             "tensors": len(self.weights),
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,
-            "identical_tensors": len(self.weights) - len(converted),
+            "identical_tensors": copied,
             "lossless_tensors": lossless,
             "requantized_tensors": len(converted) - lossless,
             "formats": dict(sorted(formats.items())),
@@ -225,16 +283,14 @@ class Plan:
                 {"tensor": w.source.name, "reason": w.reason} for w in converted if w.reason
             ],
             "engine_notes": list(
-                engine_notes(self.weights, setting(self.source.config, "model_type"))
+                engine_notes(self._alike, setting(self.source.config, "model_type"))
             ),
             "ignored_files": self.source.ignored_files,
             "dropped_tensors": sorted(
                 part.name for w in converted for part in w.source.activations.values()
             ),
             "unknown_tensors": sorted(
-                w.source.name
-                for w in self.weights
-                if w.source.kind == "other" and not _is_eh_proj(w.source)
+                w.source.name for w in self.weights if w.source.alike in unknown
             ),
             **({} if self.ranks is None else {"ranks": self.ranks}),
         }
@@ -243,28 +299,30 @@ class Plan:
 def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False) -> Plan:
     """Plan a conversion. Raises FormatError, naming the tensor, for what cannot be written."""
     recipe.require_effect(source)
-    chosen = choose_codecs(source, recipe)
-    if any(chosen.values()) and (source.quantization_config or {}).get("transform_config"):
+    choices = choose_codecs(source, recipe)
+    converts = any(choice.codec for choice in choices)
+    if converts and (source.quantization_config or {}).get("transform_config"):
         raise FormatError(
             f"{source.path}: its weights are rotated (transform_config), and engines undo that by "
             "a config that requant does not write; convert the checkpoint it was made from"
         )
-    sets = _companions(source, chosen)
+    sets = _companions(choices)
+    planned = {name: found for choice in choices for name, found in _plan(source, choice, sets)}
     by_file: dict[str, list[PlannedWeight]] = {}
     refused: list[FormatError] = []
-    for name, weight in source.weights.items():
-        try:
-            planned = _plan_weight(source, weight, chosen[name], sets)
-            by_file.setdefault(last_name(weight.file), []).append(planned)
-        except FormatError as error:
-            refused.append(error)
+    for name in source.weights:
+        weight = planned[name]
+        if isinstance(weight, FormatError):
+            refused.append(weight)
+        else:
+            by_file.setdefault(last_name(weight.source.file), []).append(weight)
     if refused:
         more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
         raise FormatError(f"{refused[0]}{more}")
     groups = tuple(
         _plan_group(name, by_file[name], source.files_by_name[name]) for name in sorted(by_file)
     )
-    config = _config(source, recipe, chosen)
+    config = _config(source, recipe, choices)
     files = [file for group in groups for file in group.files]
     one = [file.name for file in files] == [SINGLE_NAME]
     documents = {} if one else {INDEX_NAME: index_of(files)}
@@ -275,43 +333,66 @@ def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False
     return plan
 
 
-def _companions(
-    source: Checkpoint, chosen: Mapping[str, Codec | None]
-) -> dict[str, tuple[StoredWeight, ...]]:
+def _companions(choices: Sequence[Choice]) -> dict[str, tuple[StoredWeight, ...]]:
     """For every fused set that is encoded in a format with one summary a set: its weights."""
-    sets: dict[str, tuple[StoredWeight, ...]] = {}
-    for name, codec in chosen.items():
-        key = source.weights[name].fused_set
-        if codec is not None and codec.shares_summary and key is not None:
-            sets[key] = (*sets.get(key, ()), source.weights[name])
-    return sets
+    sets: dict[str, list[StoredWeight]] = {}
+    sharing = [choice for choice in choices if choice.codec and choice.codec.shares_summary]
+    for weight in (weight for choice in sharing for weight in choice.weights):
+        key = weight.fused_set
+        if key is not None:
+            sets.setdefault(key, []).append(weight)
+    return {key: tuple(weights) for key, weights in sets.items()}
 
 
-def _plan_weight(
-    source: Checkpoint,
-    weight: StoredWeight,
-    codec: Codec | None,
-    sets: Mapping[str, tuple[StoredWeight, ...]],
-) -> PlannedWeight:
+def _plan(
+    source: Checkpoint, choice: Choice, sets: Mapping[str, tuple[StoredWeight, ...]]
+) -> Iterator[tuple[str, PlannedWeight | FormatError]]:
+    """Each weight of a choice as planned, or why it cannot be written so."""
+    kind, codec = choice.kind, choice.codec
+    form: Form | None
     if codec is None:
-        return PlannedWeight(weight, None, {p: t.spec for p, t in weight.tensors.items()})
-    rows, cols = weight.shape
-    if not rows or not cols:
-        raise FormatError(f"{weight.name}: is [{rows}, {cols}]; a format needs rows and columns")
-    try:
-        specs = codec.specs(rows, cols)
-    except FormatError as error:
-        raise FormatError(f"{weight.name}: {error}") from error
+        specs = {part: tensor.spec for part, tensor in choice.weights[0].tensors.items()}
+        form = Form(None, specs)
+    else:
+        rows, cols = kind.shape
+        try:
+            if not rows or not cols:
+                raise FormatError(f"is [{rows}, {cols}]; a format needs rows and columns")
+            specs = codec.specs(rows, cols)
+        except FormatError as error:
+            for weight in choice.weights:
+                yield weight.name, FormatError(f"{weight.name}: {error}")
+            return
+        assert kind.codec is not None
+        kept = kept_by_formats(kind.codec, codec, (rows, cols))
+        form = None if kept is None else Form(codec, specs, kept.lossless, kept.repack)
+    forms: dict[object, Form] = {}
+    for weight in choice.weights:
+        own = form or _by_scales(source, weight, codec, forms)
+        companions: tuple[StoredWeight, ...] = ()
+        if own.codec is not None and own.codec.two_pass and not own.repack:
+            companions = sets.get(weight.fused_set or "", (weight,))
+        yield weight.name, PlannedWeight(weight, own, companions)
+
+
+def _by_scales(
+    source: Checkpoint, weight: StoredWeight, codec: Codec | None, forms: dict[object, Form]
+) -> Form:
+    """The form of a weight whose scales decide whether it keeps its values; `forms` those so far
+    of its kind."""
+    assert codec is not None
     kept = keeps_values(source, weight, codec)
     other = _with_stored_scales(codec, weight.codec)
     if kept.reason is not None and other is not None:
         better = keeps_values(source, weight, other)
         if better.lossless:
-            codec, specs, kept = other, other.specs(rows, cols), better
-    companions: tuple[StoredWeight, ...] = ()
-    if codec.two_pass and not kept.repack:
-        companions = sets.get(weight.fused_set or "", (weight,))
-    return PlannedWeight(weight, codec, specs, kept.lossless, kept.repack, kept.reason, companions)
+            codec, kept = other, better
+    key = codec, kept
+    if key not in forms:
+        rows, cols = weight.shape
+        specs = codec.specs(rows, cols)
+        forms[key] = Form(codec, specs, kept.lossless, kept.repack, kept.reason)
+    return forms[key]
 
 
 def _with_stored_scales(target: Codec, stored: Codec | None) -> Codec | None:
@@ -359,17 +440,18 @@ def plan_file(name: str, pieces: Sequence[PlannedPiece]) -> PlannedFile:
 def index_of(files: Sequence[PlannedFile]) -> dict[str, Any]:
     """The index of a folder that holds these files."""
     total = sum(s.nbytes for file in files for p in file.pieces for s in p.specs.values())
-    places = {name: last_name(file.name) for file in files for name in file.ranges}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    places: dict[str, str] = {}
+    for file in files:
+        places.update(dict.fromkeys(file.ranges, last_name(file.name)))
+    weight_map = {name: places[name] for name in sorted(places)}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _config(
-    source: Checkpoint, recipe: Recipe, chosen: Mapping[str, Codec | None]
-) -> dict[str, Any]:
+def _config(source: Checkpoint, recipe: Recipe, choices: Sequence[Choice]) -> dict[str, Any]:
     """config.json of the output: the source's, with what changed."""
     config: dict[str, Any] = copy.deepcopy(source.config)
-    quantization = quantization_config(source, chosen)
-    if quantization is not None and not any(chosen.values()):
+    quantization = quantization_config(source, choices)
+    if quantization is not None and not any(choice.codec for choice in choices):
         # With what the source says of activations, such as scale_fmt.
         if setting(config, "quantization_config") is None:
             config["quantization_config"] = source.quantization_config
@@ -383,7 +465,7 @@ def _config(
     if quantization is None and len(plain) == 1 and isinstance(codec, Plain):
         for part in parts:
             part.update({k: _TORCH_NAMES[codec.dtype] for k in _DTYPE_KEYS if k in part})
-    experts = expert_dtype(source, chosen, (quantization or {}).get("quant_method"))
+    experts = expert_dtype(choices, (quantization or {}).get("quant_method"))
     for part in parts:
         if part.pop("expert_dtype", None) is not None and experts is not None:
             part["expert_dtype"] = experts
@@ -392,7 +474,3 @@ def _config(
         if experts is not None and "expert_dtype" in (source.quantization_config or {}):
             quantization["expert_dtype"] = experts
     return config
-
-
-def _is_eh_proj(weight: StoredWeight) -> bool:
-    return weight.module.rpartition(".")[2] == "eh_proj"

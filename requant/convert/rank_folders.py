@@ -22,8 +22,10 @@ from requant.convert.folder import CONFIG_NAME, file_facts, read_json, read_tens
 from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.journal import RANKS_NAME
 from requant.convert.names import setting
+from requant.convert.pairing import pair_parts, told
 from requant.convert.parallel import Parallel
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import CheckpointError, FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
@@ -166,12 +168,14 @@ def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None)
         except FormatError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
     whole = Checkpoint(path, config, files, facts, weights)
-    told = {
-        name: dataclasses.replace(weight, codec=whole.told(weight.codec, weight.parts))
+    completed = {
+        name: weight.stored_as(
+            told(whole, weight.codec, weight.parts), weight.shape, weight.parts, weight.activations
+        )
         for name, weight in weights.items()
         if weight.codec is not None and weight.codec.needs_content
     }
-    return dataclasses.replace(whole, weights={**weights, **told})
+    return dataclasses.replace(whole, weights={**weights, **completed})
 
 
 def open_rank(
@@ -191,7 +195,7 @@ def open_rank(
                 raise CheckpointError(f"{path / file}: {name} is in another file of its rank, too")
             tensors[whole] = part._replace(name=whole)
     checkpoint = Checkpoint(path, config, files, {f: file_facts(path / f) for f in files}, {})
-    weights = checkpoint.pair_parts(tensors)
+    weights = pair_parts(checkpoint, tensors)
     differ = set(weights) ^ set(layout.tables[rank]) if layout.tables else set()
     if differ:
         name, folder = min(differ), layout.folders[rank]
@@ -274,15 +278,13 @@ def _put_together(
         part: _alike(tensor, [_part(piece, part) for piece in pieces])
         for part, tensor in first.activations.items()
     }
-    return dataclasses.replace(
-        first, shape=shape, codec=codec, parts=parts, activations=activations
-    )
+    return first.stored_as(codec, shape, parts, activations)
 
 
 def _as_detected(codec: Codec) -> Codec:
     """The codec without what the bytes of a piece told it."""
-    told = [f for f in dataclasses.fields(codec) if f.metadata.get("stored")]  # type: ignore[arg-type]
-    return dataclasses.replace(codec, **{f.name: f.default for f in told})  # type: ignore[type-var]
+    stored = [f for f in dataclasses.fields(codec) if f.metadata.get("stored")]  # type: ignore[arg-type]
+    return dataclasses.replace(codec, **{f.name: f.default for f in stored})  # type: ignore[type-var]
 
 
 def _moved(

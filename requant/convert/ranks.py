@@ -12,8 +12,9 @@ from requant.convert.cut_rules import REPLICABLE
 from requant.convert.names import Role
 from requant.convert.parallel import Parallel
 from requant.convert.placement import Holders, Loads, contiguous, place
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
 from requant.convert.survey import Item, Kind, Survey
+from requant.convert.weights import StoredWeight
 from requant.errors import RequantError
 from requant.quant.cutting import plan_cut
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from requant.convert.cut_rules import REPLICABLE, WHOLE, Demand, Rule, helpful_formats, rule_of
 from requant.convert.names import Role, in_tower, is_index
 from requant.convert.parallel import Parallel
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 
 #: Numbers of ranks that are tried for those that are legal.
