@@ -117,18 +117,19 @@ def quantization_config(source: Checkpoint, choices: Sequence[Choice]) -> dict[s
         config = first.config(sorted(kept, key=natural_key))
         copied = not any(choice.codec for same in quantized.values() for choice in same)
         return _in_words_of(stored, config or {}) if copied else config
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[StoredWeight]] = {}
     for scheme, weights in _schemes(source, quantized):
-        groups.setdefault(scheme, []).extend(weight.module for weight in weights)
+        groups.setdefault(scheme, []).extend(weights)
     every: dict[str, list[str]] = {}
     for kind, weights in source.kinds.items():
-        every.setdefault(kind.module, []).extend(weight.module for weight in weights)
+        every.setdefault(kind.module, []).extend([weight.module for weight in weights])
     ignored = module_patterns(kept, every)
     if len(groups) == 1:
         config = one_scheme_config(json.loads(next(iter(groups))), ignored)
     else:
-        targeted = [(module_patterns(m, every), json.loads(scheme)) for scheme, m in groups.items()]
-        config = groups_config(targeted, ignored)
+        modules = [[weight.module for weight in weights] for weights in groups.values()]
+        targets = [module_patterns(chosen, every) for chosen in modules]
+        config = groups_config(list(zip(targets, map(json.loads, groups), strict=True)), ignored)
     if stored.get("quant_method") == QUANT_METHOD:  # its scales, such as k_scale, are copied
         config["kv_cache_scheme"] = stored.get("kv_cache_scheme")
     return config

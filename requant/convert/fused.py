@@ -76,10 +76,8 @@ def split_experts(
     """Replace every fused tensor by one view per expert and projection, under per-expert names."""
     split: dict[str, StoredPart] = {}
     for name, tensor in tensors.items():
-        match = _FUSED.fullmatch(name)
-        dims = len(tensor.spec.shape)
-        fused = match is not None and dims == {"_bias": 2, "_blocks": 4}.get(match["part"], 3)
-        if match is None or not fused or not tensor.spec.nbytes:  # no bytes: 2**60 experts at will
+        match = _fused(name, tensor.spec)
+        if match is None:
             split[name] = tensor
             continue
         if match["part"] == "_scale_inv" and match["leaf"] == "gate_up_proj":
@@ -90,6 +88,17 @@ def split_experts(
                 raise CheckpointError(f"{name}: holds {view.name}, which is also stored by itself")
             split[view.name] = view
     return split
+
+
+def _fused(name: str, spec: TensorSpec) -> re.Match[str] | None:
+    """The name of a fused tensor taken apart; None for any other."""
+    dims = len(spec.shape)
+    if dims < 3 and not name.endswith("_bias"):  # nearly all
+        return None
+    match = _FUSED.fullmatch(name)
+    if match is None or dims != {"_bias": 2, "_blocks": 4}.get(match["part"], 3):
+        return None
+    return match if spec.nbytes else None  # no bytes: 2**60 experts at will
 
 
 def _require_whole_blocks(

@@ -15,7 +15,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
-from operator import itemgetter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -35,7 +35,8 @@ _ENTRY = re.compile(
     r'"data_offsets":\[(0|[1-9][0-9]{0,17}),(0|[1-9][0-9]{0,17})\]\}'
 )
 _SHAPE = re.compile(r"(?:(?:0|[1-9][0-9]{0,17})(?:,(?:0|[1-9][0-9]{0,17}))*)?")
-#: json.dumps(name, ensure_ascii=False), ten thousands of times.
+#: A name without these is a JSON string between quotes; any other is encoded.
+_ESCAPED = re.compile(r'["\\\x00-\x1f]')
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -182,23 +183,24 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, tuple[int,
     on a multiple of its element's size, which readers that view bytes as numbers need. The data
     starts on a multiple of 4096, as direct input and output wants.
     """
+    # By identity: tensors that are alike share one spec.
+    known = {id(spec): _written(spec) for spec in {id(s): s for s in specs.values()}.values()}
+    order = sorted(specs, key=lambda name: known[id(specs[name])][0])
+    quoted = _quoted if _ESCAPED.search("".join(order)) else '"{}"'.format
     entries = ['{"__metadata__":{"format":"pt"}']
-    ranges: dict[str, tuple[int, int]] = {}
-    offset = 0
-    written = [(name, *_written(spec)) for name, spec in specs.items()]
-    for name, _, nbytes, described in sorted(written, key=itemgetter(1)):
-        end = offset + nbytes
-        ranges[name] = offset, end
-        entries.append(f'{_quoted(name)}:{{{described},"data_offsets":[{offset},{end}]}}')
-        offset = end
+    ends = [0]
+    for name in order:
+        _, nbytes, described = known[id(specs[name])]
+        end = ends[-1] + nbytes
+        entries.append(f'{quoted(name)}:{{{described},"data_offsets":[{ends[-1]},{end}]}}')
+        ends.append(end)
     text = (",".join(entries) + "}").encode()
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     start = 8 + len(text)
-    prefix = len(text).to_bytes(8, "little") + text
-    return prefix, {name: (start + b, start + e) for name, (b, e) in ranges.items()}
+    ends = [start + end for end in ends]
+    return len(text).to_bytes(8, "little") + text, dict(zip(order, pairwise(ends), strict=True))
 
 
-@lru_cache(maxsize=4096)
 def _written(spec: TensorSpec) -> tuple[int, int, str]:
     """Where a tensor lies in a file (0: among those of a multiple of 8 bytes; else the higher the
     narrower its elements), its size in bytes, and how its entry begins."""

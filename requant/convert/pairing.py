@@ -44,14 +44,18 @@ def pair_parts(
     modules: dict[str, Parts] = {}
     for name, tensor in tensors.items():
         module, part = split_part(name)
-        parts = modules.setdefault(weight_of(module, part), {})
+        weight = weight_of(module, part)
+        parts = modules.get(weight)
+        if parts is None:
+            modules[weight] = {part: tensor}
+            continue
         if part in parts:
             raise CheckpointError(
                 f"{checkpoint.path}: {parts[part].name!r} and {name!r} are one name"
             )
         parts[part] = tensor
     kinds = _Kinds(checkpoint)
-    weights = (kinds.weight(name, parts) for name, parts in modules.items())
+    weights = [kinds.weight(name, parts) for name, parts in modules.items()]
     return {weight.name: weight for weight in weights}
 
 

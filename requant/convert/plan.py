@@ -113,9 +113,16 @@ class PlannedWeight:
 
     def stored_name(self, part: str) -> str:
         """The full name of one of its parts in the output."""
+        return self.names[part]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The full names of its parts in the output."""
         if self.form.codec is None:
-            return self.source.tensors[part].name
-        return self.source.name.removesuffix("weight") + part
+            tensors = self.source.tensors
+            return {part: tensors[part].name for part in self.form.specs}
+        module = self.source.name.removesuffix("weight")
+        return {part: module + part for part in self.form.specs}
 
 
 @dataclass(frozen=True)
@@ -309,13 +316,14 @@ def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False
     sets = _companions(choices)
     planned = {name: found for choice in choices for name, found in _plan(source, choice, sets)}
     by_file: dict[str, list[PlannedWeight]] = {}
+    files_of = {file: last_name(file) for file in source.files}
     refused: list[FormatError] = []
     for name in source.weights:
         weight = planned[name]
         if isinstance(weight, FormatError):
             refused.append(weight)
         else:
-            by_file.setdefault(last_name(weight.source.file), []).append(weight)
+            by_file.setdefault(files_of[weight.source.file], []).append(weight)
     if refused:
         more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
         raise FormatError(f"{refused[0]}{more}")
@@ -426,7 +434,7 @@ def _plan_group(name: str, weights: list[PlannedWeight], sources: tuple[str, ...
     """The file of this name, in the order of the source's (of ranks: those in every folder), so
     that all are read and written in one go."""
     weights = sorted(weights, key=lambda weight: weight.source.codes.location.begin)
-    pieces = [PlannedPiece(w, {part: w.stored_name(part) for part in w.specs}) for w in weights]
+    pieces = [PlannedPiece(weight, weight.names) for weight in weights]
     return PlannedGroup((Stage(sources, tuple(weights)),), (plan_file(name, pieces),))
 
 

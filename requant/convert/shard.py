@@ -226,7 +226,7 @@ def _in_new_files(source: Checkpoint) -> Plan:
             room = FILE_BYTES
         room -= weight.nbytes
         planned = PlannedWeight(weight, Form(None, specs))
-        files[-1].append(PlannedPiece(planned, {p: planned.stored_name(p) for p in specs}))
+        files[-1].append(PlannedPiece(planned, planned.names))
     groups = []
     for number, pieces in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):06}.safetensors"

@@ -40,10 +40,15 @@ class Kind:
         """Whether they are weights of linear layers that formats are made for."""
         return self.purpose in LINEAR_ROLES
 
-    @property
+    @cached_property
     def module(self) -> str:
         """The layer's name, with 0 for all numbers."""
         return split_part(self.name)[0]
+
+    @cached_property
+    def tail(self) -> int:
+        """How many characters follow the layer's name."""
+        return len(self.name) - len(self.module)
 
     @property
     def leaf(self) -> str:
@@ -128,7 +133,7 @@ class StoredWeight:
     @property
     def module(self) -> str:
         """The layer's name: all before the part."""
-        return split_part(self.name)[0]
+        return self.name[: -self.alike.tail]
 
     @property
     def fused_set(self) -> str | None:
