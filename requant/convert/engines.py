@@ -19,7 +19,7 @@ from requant.quant.codec import bits_per_weight
 from requant.quant.plain import Plain
 
 if TYPE_CHECKING:
-    from requant.convert.plan import Form, PlannedWeight
+    from requant.convert.forms import Form, PlannedWeight
 
 #: Formats whose blocks engines cut weights along, when they split them over GPUs.
 _BLOCK_FORMATS = frozenset({"fp8-block", "int8-block"})

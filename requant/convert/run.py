@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 import requant
 from requant.convert.builder import Builder
 from requant.convert.folder import CONFIG_NAME, origin
+from requant.convert.forms import PlannedWeight
 from requant.convert.journal import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -33,7 +34,7 @@ from requant.convert.journal import (
     clear,
     read_manifest,
 )
-from requant.convert.plan import Plan, PlannedFile, PlannedGroup, PlannedWeight
+from requant.convert.plan import Plan, PlannedFile, PlannedGroup
 from requant.convert.processes import Team
 from requant.convert.readahead import WINDOWS
 from requant.convert.source import Checkpoint

@@ -15,18 +15,17 @@ from typing import Any
 
 from requant.convert import deepseek
 from requant.convert.folder import INDEX_NAME, SINGLE_NAME, read_json
+from requant.convert.forms import Form, PlannedWeight
 from requant.convert.fused import StoredPart
 from requant.convert.header import Location, parse_header, raw_header
 from requant.convert.journal import RANKS_NAME
 from requant.convert.names import zeroed
 from requant.convert.patterns import natural_key
 from requant.convert.plan import (
-    Form,
     Plan,
     PlannedFile,
     PlannedGroup,
     PlannedPiece,
-    PlannedWeight,
     Stage,
     index_of,
     plan_file,
