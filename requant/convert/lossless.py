@@ -14,7 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
@@ -34,21 +35,30 @@ class Kept:
     reason: str | None = None
 
 
-def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kept:
-    """How faithful it is to write `weight` in `target`; reads its scales where they decide."""
-    stored = weight.codec
-    assert stored is not None
+def kept_by_formats(stored: Codec, target: Codec, shape: tuple[int, int]) -> Kept | None:
+    """How faithful it is to write a weight of `shape`; None where its scales decide."""
     if isinstance(stored, Plain) and isinstance(target, Plain):
         return Kept(target.dtype == "F32")  # BF16 and FP16 fit in
     if stored.alphabet is None or stored.alphabet not in target.packs:
         return Kept(False)
-    rows, cols = weight.shape
     repack = not isinstance(target, Plain)
-    if _always(stored, target, (rows, cols)):
+    if _always(stored, target, shape):
         return Kept(True, repack)
     powers_of_two = getattr(stored, "scale", None) == "ue8m0"  # in a dtype of many digits
-    if not repack and not powers_of_two and not _ever(stored, target, (rows, cols)):
+    if not repack and not powers_of_two and not _ever(stored, target, shape):
         return Kept(False)  # products of too many digits
+    return None
+
+
+def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kept:
+    """How faithful it is to write `weight` in `target`; reads its scales where they decide."""
+    stored = weight.codec
+    assert stored is not None
+    rows, cols = weight.shape
+    known = kept_by_formats(stored, target, (rows, cols))
+    if known is not None:
+        return known
+    repack = not isinstance(target, Plain)
     specs = stored.specs(rows, cols)
     scales = {
         part: source.read_part(weight.parts[part], specs[part], 0, rows)

@@ -22,8 +22,10 @@ from requant.convert.folder import CONFIG_NAME, Folder, folder_at, read_json
 from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.journal import RANKS_NAME
 from requant.convert.names import setting
+from requant.convert.pairing import pair_parts, told
 from requant.convert.parallel import Parallel
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import CheckpointError, FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
@@ -172,12 +174,14 @@ def open_ranks(
         except FormatError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
     whole = Checkpoint(folder, config, files, facts, weights)
-    told = {
-        name: dataclasses.replace(weight, codec=whole.told(weight.codec, weight.parts))
+    completed = {
+        name: weight.stored_as(
+            told(whole, weight.codec, weight.parts), weight.shape, weight.parts, weight.activations
+        )
         for name, weight in weights.items()
         if weight.codec is not None and weight.codec.needs_content
     }
-    return dataclasses.replace(whole, weights={**weights, **told})
+    return dataclasses.replace(whole, weights={**weights, **completed})
 
 
 def open_rank(
@@ -197,9 +201,9 @@ def open_rank(
             whole = original(name) if layout.renamed else name
             if whole in tensors:
                 raise CheckpointError(f"{path / file}: {name} is in another file of its rank, too")
-            tensors[whole] = dataclasses.replace(part, name=whole)
+            tensors[whole] = part._replace(name=whole)
     checkpoint = Checkpoint(folder, config, files, {f: folder.facts(f) for f in files}, {})
-    weights = checkpoint.pair_parts(tensors)
+    weights = pair_parts(checkpoint, tensors)
     differ = set(weights) ^ set(layout.tables[rank]) if layout.tables else set()
     if differ:
         name, own = min(differ), layout.folders[rank]
@@ -277,20 +281,18 @@ def _put_together(
                     _moved, codec, part, stored.spec, (shape[0], shape[1]), start * axis
                 )
             joined.append(StoredPiece(stored.location, cut[part].patch, moved))
-        parts[part] = dataclasses.replace(first.parts[part], spec=spec, pieces=tuple(joined))
+        parts[part] = first.parts[part]._replace(spec=spec, pieces=tuple(joined))
     activations = {
         part: _alike(tensor, [_part(piece, part) for piece in pieces])
         for part, tensor in first.activations.items()
     }
-    return dataclasses.replace(
-        first, shape=shape, codec=codec, parts=parts, activations=activations
-    )
+    return first.stored_as(codec, shape, parts, activations)
 
 
 def _as_detected(codec: Codec) -> Codec:
     """The codec without what the bytes of a piece told it."""
-    told = [f for f in dataclasses.fields(codec) if f.metadata.get("stored")]  # type: ignore[arg-type]
-    return dataclasses.replace(codec, **{f.name: f.default for f in told})  # type: ignore[type-var]
+    stored = [f for f in dataclasses.fields(codec) if f.metadata.get("stored")]  # type: ignore[arg-type]
+    return dataclasses.replace(codec, **{f.name: f.default for f in stored})  # type: ignore[type-var]
 
 
 def _moved(
@@ -309,7 +311,7 @@ def _moved(
 def _alike(tensor: StoredPart, copies: Iterable[StoredPart]) -> StoredPart:
     """A tensor that every rank has: all copies are read, and compared."""
     pieces = tuple(StoredPiece(copy.location, None) for copy in copies)
-    return dataclasses.replace(tensor, pieces=pieces)
+    return tensor._replace(pieces=pieces)
 
 
 def _part(weight: StoredWeight, part: str) -> StoredPart:

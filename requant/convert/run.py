@@ -23,6 +23,7 @@ from requant.convert.builder import Builder
 from requant.convert.check import check_file, check_finished, check_output
 from requant.convert.claim import Receiver, claim, leaving_behind, require_apart, require_room
 from requant.convert.folder import CONFIG_NAME, Folder
+from requant.convert.forms import PlannedWeight
 from requant.convert.journal import (
     MANIFEST_NAME,
     STAGING_NAME,
@@ -33,7 +34,7 @@ from requant.convert.journal import (
     clear,
     read_manifest,
 )
-from requant.convert.plan import Plan, PlannedFile, PlannedGroup, PlannedWeight
+from requant.convert.plan import Plan, PlannedFile, PlannedGroup
 from requant.convert.processes import Team
 from requant.convert.readahead import WINDOWS
 from requant.convert.source import Checkpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,92 +28,12 @@ from requant.convert.folder import (
 )
 from requant.convert.fused import StoredPart, split_experts
 from requant.convert.journal import Digest
-from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
+from requant.convert.names import setting
+from requant.convert.pairing import pair_parts
 from requant.convert.readahead import windows_of
+from requant.convert.weights import Kind, StoredWeight
 from requant.errors import CheckpointError, FormatError
-from requant.quant import (
-    ACTIVATION_PARTS,
-    PART_NAMES,
-    PLAIN_NAMES,
-    Codec,
-    TensorSpec,
-    detect_format,
-    format_name,
-)
-from requant.quant.codec import DTYPE_BITS
-from requant.quant.compressed_tensors import narrow
-
-#: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
-_NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
-#: Largest part whose bytes are looked at when a checkpoint is opened.
-MAX_CONTENT_BYTES = 1 << 16
-
-#: Names of the config's groups that apply, and the parts' specs -> the codec that reads them.
-_Detected = dict[tuple[tuple[str, ...], tuple[tuple[str, TensorSpec], ...]], Codec]
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """One weight: `codec` reads its parts; None for a tensor that is no matrix (copied as it is).
-
-    `parts` maps what follows the module's name (`weight`, `weight_scale_inv`, ...) to the tensor;
-    `activations` those that tell how the layer's input is quantized.
-    """
-
-    name: str
-    role: Role
-    shape: tuple[int, ...]
-    codec: Codec | None
-    parts: Mapping[str, StoredPart]
-    activations: Mapping[str, StoredPart] = field(default_factory=dict)
-
-    @cached_property
-    def tensors(self) -> dict[str, StoredPart]:
-        """All that is stored of it, by part."""
-        return {**self.parts, **self.activations}
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of all parts."""
-        return sum(part.spec.nbytes for part in self.tensors.values())
-
-    @cached_property
-    def codes(self) -> StoredPart:
-        """The part that holds the codes, the largest; scales may lie elsewhere."""
-        return max(self.parts.values(), key=lambda part: part.spec.nbytes)
-
-    @property
-    def file(self) -> str:
-        """The file that holds the codes, or the first piece of them."""
-        return self.codes.location.file
-
-    @cached_property
-    def module(self) -> str:
-        """The layer's name: all before the part."""
-        return TensorName.parse(self.name).module
-
-    @cached_property
-    def fused_set(self) -> str | None:
-        """What identifies the layers that engines fuse with this one; None when it stands alone."""
-        return fused_set(self.name)
-
-    @cached_property
-    def kind(self) -> Role:
-        """What it is for by its own name; differs from `role` in an MTP layer only."""
-        return kind_of(self.name, self.shape)
-
-    @property
-    def row_alignment(self) -> int:
-        """Tiles that are decoded start on a multiple of this many rows."""
-        return self.codec.row_alignment(self.shape[1]) if self.codec else 1
-
-    @property
-    def format(self) -> str:
-        """The format's name with its options, or the dtype of a tensor that no codec reads."""
-        if self.codec is not None:
-            return format_name(self.codec)
-        dtype = next(iter(self.parts.values())).spec.dtype
-        return PLAIN_NAMES.get(dtype, dtype)
+from requant.quant import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -168,7 +88,7 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
         checkpoint = cls(folder, config, files, facts, {})
-        return replace(checkpoint, weights=checkpoint.pair_parts(split_experts(tensors, config)))
+        return replace(checkpoint, weights=pair_parts(checkpoint, split_experts(tensors, config)))
 
     @property
     def path(self) -> Path:
@@ -187,6 +107,14 @@ class Checkpoint:
             if isinstance(found, dict):
                 return {"quant_method": "modelopt", **found}
         return None
+
+    @cached_property
+    def kinds(self) -> Mapping[Kind, list[StoredWeight]]:
+        """The weights of each kind, in source order."""
+        kinds: dict[Kind, list[StoredWeight]] = {}
+        for weight in self.weights.values():
+            kinds.setdefault(weight.alike, []).append(weight)
+        return kinds
 
     @property
     def nbytes(self) -> int:
@@ -297,103 +225,6 @@ class Checkpoint:
         if weight is None:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return self.decode_rows(weight, 0, weight.shape[0] if weight.shape else 1, device)
-
-    def pair_parts(self, tensors: Mapping[str, StoredPart]) -> dict[str, StoredWeight]:
-        """Group stored tensors of this folder into weights and find what each is stored in."""
-        modules: dict[str, dict[str, StoredPart]] = {}
-        for name, tensor in tensors.items():
-            parsed = TensorName.parse(name)
-            parts = modules.setdefault(parsed.weight, {})
-            if parsed.part in parts:
-                raise CheckpointError(
-                    f"{self.path}: {parts[parsed.part].name!r} and {name!r} are one name"
-                )
-            parts[parsed.part] = tensor
-        weights: dict[str, StoredWeight] = {}
-        detected: _Detected = {}
-        for name, parts in modules.items():
-            for weight in self._stored_weights(name, parts, detected):
-                weights[weight.name] = weight
-        return weights
-
-    def _stored_weights(
-        self, name: str, parts: dict[str, StoredPart], detected: _Detected
-    ) -> Iterator[StoredWeight]:
-        """The weight of these parts; several where parts turn out to be tensors of their own.
-
-        `detected` remembers the formats found so far: ten thousands of experts are alike.
-        """
-        activations = {p: t for p, t in parts.items() if p in ACTIVATION_PARTS}
-        encoded = {p: t for p, t in parts.items() if p not in ACTIVATION_PARTS}
-        if not _is_encoded(encoded):
-            for part in parts.values():
-                yield self._plain_tensor(part, alone=len(parts) == 1)
-            return
-        module = name.removesuffix(".weight")
-        try:
-            config = narrow(self.quantization_config or {}, module)
-            specs = {p: t.spec for p, t in encoded.items()}
-            groups = config.get("config_groups")
-            key = tuple(groups) if isinstance(groups, dict) else (), tuple(specs.items())
-            if key not in detected:
-                detected[key] = detect_format(specs, config)
-            codec = self.told(detected[key], encoded)
-            shape = codec.shape(specs)
-        except FormatError as error:
-            raise FormatError(f"{self.path}: {name}: {error}") from error
-        role = role_of(name, shape, self.config)
-        yield StoredWeight(name, role, shape, codec, encoded, activations)
-
-    def told(self, codec: Codec, parts: Mapping[str, StoredPart]) -> Codec:
-        """A detected codec, completed by the content of the small parts that it asks for."""
-        if not codec.needs_content:
-            return codec
-        return codec.with_content(
-            {part: self._content(parts[part]) for part in codec.needs_content}
-        )
-
-    def _content(self, part: StoredPart) -> bytes:
-        """All bytes of a small part."""
-        if part.spec.nbytes > MAX_CONTENT_BYTES:
-            raise FormatError(
-                f"{part.name} has {part.spec.nbytes} bytes, at most {MAX_CONTENT_BYTES} make sense"
-            )
-        return bytes(self.read_bytes(part, 0, part.spec.nbytes))
-
-    def _plain_tensor(self, part: StoredPart, alone: bool) -> StoredWeight:
-        """A tensor that is no matrix. Raises FormatError for what is a piece of a weight."""
-        last = TensorName.parse(part.name).part
-        dtype, shape = part.spec.dtype, part.spec.shape
-        if last in PART_NAMES and last not in ("weight", "scale") or not alone:
-            raise FormatError(
-                f"{self.path}: {part.name} lies alone, the rest of its weight is in no file of "
-                "the checkpoint; download the missing file"
-            )
-        if (
-            DTYPE_BITS[dtype] <= 8
-            and dtype.startswith("F")
-            or (self.quantization_config is not None and dtype in ("U8", "I8") and len(shape) > 1)
-        ):
-            raise FormatError(
-                f"{self.path}: {part.name} is {dtype} {list(shape)}: quantized, but in no "
-                "format that `requant formats` reads; copying it would lose its meaning"
-            )
-        role = role_of(part.name, shape, self.config)
-        return StoredWeight(part.name, role, shape, None, {last: part})
-
-
-def _is_encoded(parts: Mapping[str, StoredPart]) -> bool:
-    """Whether parts make up a matrix that a format may read: several, or one that is 2-D."""
-    if len(parts) != 1:
-        return bool(parts)
-    (part,) = parts
-    spec = parts[part].spec
-    return (
-        part == "weight"
-        and len(spec.shape) == 2
-        and spec.dtype not in _NEVER_CODES
-        and (0 not in spec.shape)
-    )
 
 
 def iter_tiles(rows: int, cols: int, alignment: int, elements: int) -> Iterator[tuple[int, int]]:
