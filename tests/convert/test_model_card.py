@@ -181,7 +181,7 @@ def test_how_it_was_made(manifest: dict[str, Any]) -> None:
     assert '```toml\n[roles]\nattention = "int4"\n```' in card
 
 
-def test_how_to_load_it(manifest: dict[str, Any]) -> None:
+def test_how_to_load_it(manifest: dict[str, Any], tmp_path: Path) -> None:
     card = model_card(manifest, repo="org/name@int4")
     assert "\nint4: loaded by transformers, vLLM, SGLang.\n" in card
     assert "\nrequant run org/name@int4 'The capital of France is'\n" in card
@@ -189,6 +189,7 @@ def test_how_to_load_it(manifest: dict[str, Any]) -> None:
     only = manifest | {"formats": {"int8-block": 3, "int4": 2, "bf16": 1, "I64": 1}}
     card = model_card(only, repo="org/name")
     assert "vllm serve" not in card
+    assert metadata(card, tmp_path)["tags"] == ["requant", "int8", "int4"]
     assert "\npython -m sglang.launch_server --model-path org/name\n" in card
 
 
