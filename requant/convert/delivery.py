@@ -90,6 +90,8 @@ class Delivery:
         # The folder is what the repository is, so that its checksums hold for both.
         digest = write_bytes(self._out / CARD_NAME, card.encode())
         manifest["written"][CARD_NAME] = asdict(digest)
+        if manifest["source_repo"] is None:  # where it lies on this disk is nobody's business
+            manifest["source"] = Path(manifest["source"]).name
         write_json(self._out / MANIFEST_NAME, manifest)
         weights = {file.name for file in self._plan.files}
         self._push.finish(self._out, [*set(manifest["written"]) - weights, MANIFEST_NAME], card)
