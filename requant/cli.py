@@ -91,7 +91,8 @@ def command(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
 @command("inspect")
 def inspect_command(source: Source, json: Json = False, quiet: Quiet = False) -> None:
     """Show formats by role, sizes, parameters and KV-cache bytes of a checkpoint."""
-    from requant.convert.inspect import inspect, render
+    from requant.convert.inspect import inspect
+    from requant.convert.inspect_table import render
     from requant.convert.source import Checkpoint
 
     facts = inspect(Checkpoint.open(_folder(source)))
