@@ -88,7 +88,7 @@ def _grouped_query(config: Mapping[str, Any], bias: bool, qk_norm: bool) -> Spec
             specs[f"{prefix}.{norm}.weight"] = plain(hidden)
         specs |= mlps(config, prefix, layer, BF16)
         if layer >= main:
-            specs |= prediction_layer(prefix, hidden, vocabulary)
+            specs |= prediction_layer(prefix, hidden, None)
     return specs
 
 

@@ -99,13 +99,15 @@ def deepseek(config: Mapping[str, Any], codec: Codec = FP8, indexer: bool = Fals
     return specs
 
 
-def prediction_layer(prefix: str, hidden: int, vocabulary: int) -> Specs:
-    """What an MTP layer has beside an ordinary one, copies of embedding and head included."""
+def prediction_layer(prefix: str, hidden: int, vocabulary: int | None) -> Specs:
+    """What an MTP layer has beside an ordinary one; DeepSeek's have copies of embedding and head,
+    of `vocabulary` rows."""
     norms = ("enorm", "hnorm", "shared_head.norm")
     specs = {f"{prefix}.{norm}.weight": plain(hidden) for norm in norms}
     specs[f"{prefix}.eh_proj.weight"] = plain(hidden, 2 * hidden)
-    for leaf in ("shared_head.head", "embed_tokens"):
-        specs[f"{prefix}.{leaf}.weight"] = plain(vocabulary, hidden)
+    if vocabulary is not None:
+        copies = ("shared_head.head", "embed_tokens")
+        specs |= {f"{prefix}.{leaf}.weight": plain(vocabulary, hidden) for leaf in copies}
     return specs
 
 
