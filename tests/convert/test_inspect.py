@@ -98,7 +98,7 @@ def test_compute_counts_matrices_of_the_language_model(tmp_path: Path) -> None:
         (["model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj"], 2),
         (["mtp.0.ffn.w1", "mtp.0.ffn.w2", "mtp.1.ffn.w1"], 2),
         (["mtp.fc", "mtp.layers.0.mlp.up_proj"], 1),
-        (["mtp.fc"], 1),
+        (["mtp.fc", "mtp.proj"], 1),
         (["model.layers.1.mlp.up_proj"], 0),
     ],
 )
@@ -137,7 +137,7 @@ def test_tokenizer(files: list[str], found: tuple[str, str] | None, folder: Path
         ("---\nlicense: other\n---\n", "\n  # MIT License\n\nCopyright", "MIT License"),
         ("---\nlicense: other\n---\n", None, "other"),
         ("---\nlicense: mit\n", None, None),  # never ends: no front matter
-        ("# Model\nlicense: mit\n", "Apache License\n", "Apache License"),
+        ("# Model\nlicense: mit\n---\n", "Apache License\n", "Apache License"),
         (None, "MIT\x1b[31m License", "MIT [31m License"),
         (None, "x" * 200, "x" * 100),
         (None, None, None),
