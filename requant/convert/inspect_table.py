@@ -85,7 +85,7 @@ def _alternatives_line(facts: Mapping[str, Any]) -> str | None:
         for name, nbytes in others.items()
         if nbytes != cache
     )
-    return "for comparison: " + ", ".join(shown)
+    return "compare: " + ", ".join(shown)
 
 
 def _tokenizer_line(facts: Mapping[str, Any]) -> str:

@@ -170,7 +170,7 @@ parameters  15.71 B, 2.45 B active per token
 compute     4.90 GFLOP per token, 50.20 GFLOP at the end of the context
 context     163840 tokens
 KV cache    31104 bytes per token in BF16, 5.10 GB for the whole context
-            for comparison: 8 KV heads 138.24 kB (4.4x), MHA 276.48 kB (8.9x)
+            compare: 8 KV heads 138.24 kB (4.4x), MHA 276.48 kB (8.9x)
 tokenizer   none in the folder, vocabulary of 102400
 license     unknown
 stored      31.41 GB in 4 files; config declares no quantization
