@@ -80,12 +80,14 @@ def _alternatives_line(facts: Mapping[str, Any]) -> str | None:
     if not cache or not others:
         return None
     names = {"mla": "MLA", "gqa-8": "8 KV heads", "mha": "MHA"}
-    shown = (
-        f"{names[name]} {size(nbytes)} ({nbytes / cache:.1f}x)"
-        for name, nbytes in others.items()
-        if nbytes != cache
+    if others["gqa-8"] == others["mha"]:  # eight heads or fewer
+        del names["gqa-8"]
+    lines = (
+        f"{shown} {size(others[name])} ({others[name] / cache:.1f}x)"
+        for name, shown in names.items()
+        if others[name] != cache
     )
-    return "compare: " + ", ".join(shown)
+    return "compare: " + ", ".join(lines)
 
 
 def _tokenizer_line(facts: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ def test_a_dense_model_with_tied_embeddings_is_all_active(tmp_path: Path) -> Non
     assert facts["parameters"] == 100 * 64 + 64 + 64 * 64
     assert facts["active_parameters"] == facts["parameters"]
     assert facts["kv_cache_bytes_per_token"] == 2 * 2 * 16 * 1 * 2
+    assert "compare: MLA 144 B (1.1x), MHA 256 B (2.0x)" in rendered(facts)  # eight is too many
     assert facts["formats"] == {"bf16": {"tensors": 3, "bytes": 2 * facts["parameters"]}}
     assert (facts["experts"], facts["mtp_parameters"]) == (0, 0)
     assert facts["quantization"] is None
