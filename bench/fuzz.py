@@ -38,7 +38,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from requant.convert.inspect import inspect, render
+from requant.convert.inspect import inspect
+from requant.convert.inspect_table import render
 from requant.convert.parallel import Parallel
 from requant.convert.plan import make_plan
 from requant.convert.ranks import split

@@ -87,7 +87,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @command("inspect")
 def inspect_command(source: Source, output: Output) -> None:
     """Show formats by role, sizes, parameters and KV-cache bytes of a checkpoint."""
-    from requant.convert.inspect import inspect, render
+    from requant.convert.inspect import inspect
+    from requant.convert.inspect_table import render
     from requant.convert.source import Checkpoint
 
     facts = inspect(Checkpoint.open(open_source(source)))

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from requant.convert.documents import SourceTexts
 from requant.convert.folder import Folder
 from requant.convert.hub import HubFolder, Repository
 from requant.convert.inspect import inspect
 from requant.convert.journal import MANIFEST_NAME, Digest, read_manifest
-from requant.convert.model_card import SourceTexts, model_card
+from requant.convert.model_card import model_card
 from requant.convert.plan import Plan
 from requant.convert.push import CARD_NAME, COMMIT_SECONDS, Push
 from requant.convert.source import Checkpoint

@@ -5,30 +5,18 @@ Source: https://huggingface.co/docs/hub/model-cards, and huggingface_hub's Model
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCardData
 
+from requant.convert.documents import SourceTexts
 from requant.errors import FormatError
 from requant.output import size
 from requant.quant import Codec, parse_format
 from requant.quant.plain import Plain
 
-#: Larger texts of the source are not looked at.
-MAX_TEXT_BYTES = 1 << 20
-#: What front matter is, to the Hub's client.
-_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-#: Beginnings of licences' texts, and the Hub's names for them.
-_LICENSES = {
-    r"Apache License\s+Version 2\.0": "apache-2.0",
-    r"MIT License|Permission is hereby granted, free of charge, to any person": "mit",
-}
 #: What says how a format is laid out, and is no tag that people search for.
 _LAYOUTS = frozenset(["block", "channel", "tensor"])
 #: How an engine that loads the format is started.
@@ -36,47 +24,6 @@ _COMMANDS = {
     "vLLM": "vllm serve {repo}{revision}",
     "SGLang": "python -m sglang.launch_server --model-path {repo}{revision}",
 }
-
-
-@dataclass(frozen=True)
-class SourceTexts:
-    """The source's own card with its front matter, and the text of its licence, where it has them.
-
-    The files themselves are carried along beside the weights.
-    """
-
-    card: str = ""
-    license: str = ""
-
-    @classmethod
-    def read(cls, folder: Path) -> SourceTexts:
-        """From the folder of a checkpoint."""
-        return cls(_text(folder / "README.md"), _text(folder / "LICENSE"))
-
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """The front matter, every value as it is written; empty where it cannot be read."""
-        match = _FRONT_MATTER.match(self.card)
-        try:
-            found = yaml.load(match[1], Loader=yaml.BaseLoader) if match else None
-        except (yaml.YAMLError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    @property
-    def body(self) -> str:
-        """The card without its front matter."""
-        return _FRONT_MATTER.sub("", self.card).strip()
-
-    @property
-    def licenses(self) -> dict[str, str]:
-        """The metadata keys that say which licence it is under."""
-        keys = ("license", "license_name", "license_link")
-        told = {key: self.metadata[key] for key in keys if isinstance(self.metadata.get(key), str)}
-        if "license" in told or not self.license:
-            return told
-        named = (name for text, name in _LICENSES.items() if re.search(text, self.license[:2000]))
-        return {"license": next(named, "other"), "license_link": "LICENSE"}
 
 
 def model_card(
@@ -246,13 +193,6 @@ def _is_text(value: object) -> bool:
     """Whether a value is text, or a list of texts."""
     texts = value if isinstance(value, list) else [value]
     return bool(texts) and all(isinstance(text, str) and text for text in texts)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes()[:MAX_TEXT_BYTES].decode("utf-8-sig", "replace")
-    except OSError:
-        return ""
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
 
+from requant.convert.documents import SourceTexts
 from requant.convert.inspect import inspect
-from requant.convert.model_card import SourceTexts, model_card
+from requant.convert.model_card import model_card
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
 from requant.convert.run import Runtime, convert
