@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from requant.convert.names import is_index
+from requant.convert.names import is_index, split_numbers
 
 #: Stands for the numbers of layers until all are known; no module's name holds it.
 _LAYER = "<layer>"
@@ -33,7 +33,7 @@ def module_patterns(chosen: Collection[str], modules: Mapping[str, Collection[st
         if pattern is None:
             single += names
         elif names:
-            found.append((min(map(natural_key, names)), f"re:{pattern}$", ""))
+            found.append((natural_key(min(names, key=_numbers)), f"re:{pattern}$", ""))
     keys = {module: _of_layer(module) for module in single}
     shapes = {key[0] for key in keys.values() if key}
     alike = (like for like in outside if (key := _of_layer(like)) and key[0] in shapes)
@@ -56,6 +56,11 @@ def module_patterns(chosen: Collection[str], modules: Mapping[str, Collection[st
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that counts layers as numbers."""
     return [(int(c), "") if is_index(c) else (-1, c) for c in name.split(".")]
+
+
+def _numbers(module: str) -> list[int]:
+    """What puts modules that are alike in order."""
+    return [int(number) for number in split_numbers(f"{module}.")[1]]
 
 
 def _wide(module: str) -> Iterator[str]:

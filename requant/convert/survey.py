@@ -187,7 +187,7 @@ def _items(checkpoint: Checkpoint, kept: frozenset[Role]) -> Iterator[Item]:
     alike: dict[tuple[Any, ...], Cut] = {}
     for kind, weights in checkpoint.kinds.items():
         pattern = ".".join("*" if is_index(c) else c for c in kind.name.split("."))
-        key = pattern, kind.shape, kind.codec, len(weights[0].activations)
+        key = kind.name, kind.shape, kind.codec, len(weights[0].activations)
         if key not in alike:
             alike[key] = _cut(checkpoint, weights[0], pattern, kept)
         cuts[kind] = alike[key]
