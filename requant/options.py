@@ -7,6 +7,7 @@ field.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Target:
         copied = keep and self.to is None and self.recipe is None
         if not copied and (self.to is None) == (self.recipe is None):
             raise RequantError("give either --to FORMAT or --recipe NAME|FILE.toml")
+        gc.freeze()  # looking for garbage in all that was imported takes as long as opening
         checkpoint = Checkpoint.open(source)
         if copied:
             return make_plan(checkpoint, KEEP)
