@@ -1,10 +1,11 @@
 """Feed requant checkpoints that lie: `python bench/fuzz.py --cases 10000 --seed 0`.
 
 Small checkpoints in many formats are spoiled at random: headers, index, config.json,
-hf_quant_config.json, bitsandbytes' quant_state, bytes of weights, and the folder itself (links,
-FIFOs, folders with names of files). Each case opens, inspects and plans the result, and converts a
-sample. It must work or raise RequantError with one line that names the file or the tensor, soon,
-in little memory, writing nothing outside OUT. Anything else is a finding; exits with 1 then.
+hf_quant_config.json, ranks.json, bitsandbytes' quant_state, bytes of weights, and the folder itself
+(links, FIFOs, folders with names of files). Each case opens, inspects and plans the result, and
+converts a sample. It must work or raise RequantError with one line that names the file or the
+tensor, soon, in little memory, writing nothing outside OUT. Anything else is a finding; exits with
+1 then.
 
 A case depends on seed and number alone: `--case 17` runs one and prints where it went wrong.
 """
@@ -37,11 +38,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from requant.convert.inspect import inspect, render
+from requant.convert.inspect import inspect
+from requant.convert.inspect_table import render
+from requant.convert.parallel import Parallel
 from requant.convert.plan import make_plan
-from requant.convert.recipe import default_recipe, parse_recipe
+from requant.convert.ranks import split
+from requant.convert.recipe import KEEP, default_recipe, parse_recipe
 from requant.convert.report import plan_table
 from requant.convert.run import Runtime, convert
+from requant.convert.shard import as_written, shard
 from requant.convert.source import Checkpoint
 from requant.errors import RequantError
 
@@ -67,6 +72,11 @@ attention = "fp8-channel"
 routed_expert = "int4[group_size=32]"
 dense_mlp = "int8-channel"
 """
+#: What ranks.json may say of a weight, and some that it may not.
+PIECES = (
+    "replicated", "experts", "rows 0:16", "rows 16:32", "cols 0:32", "experts, rows 0:16",
+    "rows 0:0", "rows 5:3", "rows 0:99999999", "rows -1:4", "diagonal", "", "rows 0:16 ",
+)  # fmt: skip
 SECRET = b"SECRET: never to be copied"
 
 
@@ -163,9 +173,19 @@ def make_seeds(folder: Path) -> list[Path]:
         seeds.append(out)
     seeds += [_fused_seed(folder / "fused-fp8", "fp8"), _fused_seed(folder / "gpt-oss", "mxfp4")]
     seeds.append(_fused_seed(folder / "llama4", ""))
+    seeds += [_ranks_seed(base, folder / "ranks"), _ranks_seed(seeds[2], folder / "int4-ranks")]
     for seed in seeds:
         Checkpoint.open(seed)
     return seeds
+
+
+def _ranks_seed(source: Path, folder: Path) -> Path:
+    """A seed cut for two ranks."""
+    plan = make_plan(Checkpoint.open(source), KEEP)
+    parts = split(as_written(plan), Parallel(2, 2))
+    convert(shard(plan, parts, "hf"), folder, Runtime(torch.device("cpu"), 1))
+    (folder / "requant.json").unlink()
+    return folder
 
 
 def _plain_seed(folder: Path) -> Path:
@@ -591,6 +611,25 @@ def spoil_quant_state(folder: Path, chance: random.Random) -> str:
 _READ = ("config.json", INDEX, MODELOPT)
 
 
+def spoil_ranks(folder: Path, chance: random.Random) -> str:
+    """What says which rank holds what; or a rank's files."""
+    ranks = sorted(path for path in folder.iterdir() if path.is_dir())
+    if chance.random() < 0.3:
+        return f"ranks {chance.choice((spoil_header, spoil_tensors))(chance.choice(ranks), chance)}"
+    path = folder / "ranks.json"
+    document = json.loads(path.read_text())
+    if chance.random() < 0.25:
+        first, second = (rank["weights"] for rank in document["ranks"])
+        name = chance.choice(sorted(set(first) & set(second)))
+        first[name], second[name] = chance.choice(PIECES), chance.choice((first[name], *PIECES))
+        what = "pieces"
+    else:
+        prefer = chance.choice(("weights", "files", "folder", "headers", "tp"))
+        what = spoil_json(document, chance, prefer).rpartition(".")[2]
+    path.write_bytes(dump(document, chance))
+    return f"ranks.json {what}"
+
+
 def spoil_folder(folder: Path, chance: random.Random) -> str:
     """Links, FIFOs, folders, and files that nobody expects."""
     name = chance.choice(
@@ -635,7 +674,7 @@ def spoil_folder(folder: Path, chance: random.Random) -> str:
 
 MUTATIONS: tuple[tuple[Callable[[Path, random.Random], str], int], ...] = (
     (spoil_config, 7), (spoil_tensors, 7), (spoil_header, 4), (spoil_index, 2),
-    (spoil_quant_state, 1), (spoil_modelopt, 2), (spoil_folder, 2),
+    (spoil_quant_state, 1), (spoil_modelopt, 2), (spoil_folder, 2), (spoil_ranks, 3),
 )  # fmt: skip
 
 
@@ -648,8 +687,9 @@ def one_case(number: int, seed: int, seeds: list[Path], place: Path) -> Verdict:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     (place / "secret.safetensors").write_bytes(SECRET)
-    origin = chance.choice(seeds)
+    cut = [seed for seed in seeds if seed.name.endswith("ranks")]
     mutate = chance.choices(*zip(*MUTATIONS, strict=True))[0]
+    origin = chance.choice(cut if mutate is spoil_ranks else [s for s in seeds if s not in cut])
     if mutate is spoil_quant_state:
         origin = next(seed for seed in seeds if seed.name.endswith("nf4"))
     folder = Path(shutil.copytree(origin, place / "model"))
@@ -755,7 +795,7 @@ def time_limit() -> Iterator[None]:
 def tensor_names(folder: Path) -> set[str]:
     """Names, and modules, of tensors that a message may mention."""
     names: set[str] = set()
-    for path in folder.glob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         with contextlib.suppress(Exception):
             if stat.S_ISREG(path.stat().st_mode) and path.stat().st_size < 1 << 26:
                 names |= read_container(path)[0].keys()

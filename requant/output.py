@@ -14,8 +14,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -34,8 +35,12 @@ from requant.errors import RequantError
 class Output:
     """Where a command's words go."""
 
-    json: bool = False
-    quiet: bool = False
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+
+    def of(self, speaks: bool) -> Output:
+        """The same, but silent in a process that leaves speaking to another."""
+        return self if speaks else Output(json=False, quiet=True)
 
     def result(self, data: Any, human: Callable[[], RenderableType] | None = None) -> None:
         """Print a command's result: the document in json mode, else what `human` renders."""

@@ -139,7 +139,7 @@ def refused(source: Path, out: Path) -> list[tuple[list[Any], str]]:
         (["run", source, "hi", "--seed", "1"], "--seed has no effect with --temperature 0"),
         (["run", "nowhere", "hi"], "nowhere: no such folder"),
         (["run", source, "\udcff"], "the prompt is not UTF-8 text"),
-        (["download", "a/b", out], "only `demo` can be downloaded"),
+        (["download", "a b", out], "a b: expected a repository's name, org/name"),
         (["download", "demo", source], "already holds something"),
     ]
 

@@ -6,9 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from requant.demo import demo_path
+from tests.hub_server import WRITER, HubServer, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -28,12 +32,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
+@pytest.fixture(scope="session")
+def hub(folder: Path) -> Iterator[dict[str, str]]:
+    """What a process needs to find the demo model as `org/name` on a Hub."""
+    with HubServer() as server:
+        server.add("org/name", demo_path())
+        yield environment(server.endpoint, folder / "hub-home") | {"HF_TOKEN": WRITER}
+
+
 @pytest.mark.parametrize("line", commands("requant"))
-def test_command_runs(line: str, folder: Path) -> None:
+def test_command_runs(line: str, folder: Path, hub: dict[str, str]) -> None:
     line, _, target = line.partition(" > ")
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(line)], cwd=folder, capture_output=True, text=True
-    )
+    arguments = [sys.executable, "-m", *shlex.split(line)]
+    done = subprocess.run(arguments, cwd=folder, env=hub, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout
     if target:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from requant.convert.names import Role, TensorName, setting
-from requant.convert.source import StoredWeight
+from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, format_name, parse_format
 from requant.quant.cutting import AXES, cut_alignment, cut_reason

@@ -10,16 +10,16 @@ folder; SGLang models/deepseek_common/deepseek_weight_loader.py (kv_b_proj).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from requant.convert.source import StoredWeight
+from requant.convert.weights import Kind
 from requant.quant import Codec, format_name
 from requant.quant.codec import bits_per_weight
 from requant.quant.plain import Plain
 
 if TYPE_CHECKING:
-    from requant.convert.plan import PlannedWeight
+    from requant.convert.forms import Form, PlannedWeight
 
 #: Formats whose blocks engines cut weights along, when they split them over GPUs.
 _BLOCK_FORMATS = frozenset({"fp8-block", "int8-block"})
@@ -32,34 +32,35 @@ _UNREAD = dict.fromkeys(
 )
 
 
-def engine_notes(weights: Iterable[PlannedWeight], model_type: object) -> Iterator[str]:
-    """One sentence a rule that is broken, with an example and how often."""
-    broken: dict[str, list[str]] = {}
-    for weight in weights:
-        codec = weight.written_codec
-        leaf = weight.source.module.rpartition(".")[2]
-        if weight.source.kind == "routed_expert" and leaf in _UNREAD.get(str(model_type), ()):
-            rule = (
-                f"{model_type}'s fused experts are written one by one; transformers does not read "
-                "them so (it warns and leaves experts at random), and not every version of vLLM "
-                "and SGLang does"
-            )
-            broken.setdefault(rule, []).append(weight.source.name)
-        if codec is None or isinstance(codec, Plain):
-            continue
-        for rule in _broken(weight.source, codec):
-            broken.setdefault(rule, []).append(weight.source.name)
-    for rule, names in broken.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{names[0]}{more}: {rule}"
+def engine_notes(
+    weights: Mapping[tuple[Kind, Form], Sequence[PlannedWeight]], model_type: object
+) -> Iterator[str]:
+    """One sentence a rule that is broken, with an example and how often; `weights` by what they
+    are and how they are written."""
+    broken: dict[str, list[tuple[str, int]]] = {}
+    for (kind, form), members in weights.items():
+        for rule in _broken(kind, form.codec or kind.codec, str(model_type)):
+            broken.setdefault(rule, []).append((members[0].source.name, len(members)))
+    for rule, found in broken.items():
+        count = sum(number for _, number in found)
+        more = f" and {count - 1} more" if count > 1 else ""
+        yield f"{found[0][0]}{more}: {rule}"
 
 
-def _broken(weight: StoredWeight, codec: Codec) -> Iterator[str]:
-    leaf = weight.module.rpartition(".")[2]
-    rows, cols = weight.shape
+def _broken(kind: Kind, codec: Codec | None, model_type: str) -> Iterator[str]:
+    leaf = kind.leaf
+    if kind.purpose == "routed_expert" and leaf in _UNREAD.get(model_type, ()):
+        yield (
+            f"{model_type}'s fused experts are written one by one; transformers does not read "
+            "them so (it warns and leaves experts at random), and not every version of vLLM "
+            "and SGLang does"
+        )
+    if codec is None or isinstance(codec, Plain):
+        return
+    rows, cols = kind.shape
     if codec.name in _BLOCK_FORMATS:
         height, width = getattr(codec, "block_rows", 1), getattr(codec, "block_cols", 1)
-        joined = (weight.fused_set or "").rpartition(".")[2] in ("gate_up", "w13", "qkv", "wqkv")
+        joined = (kind.fused_set or "").rpartition(".")[2] in ("gate_up", "w13", "qkv", "wqkv")
         if joined and rows % height:
             yield (
                 f"vLLM and SGLang join it with its neighbours and need whole blocks: {rows} rows "

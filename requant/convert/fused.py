@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +41,7 @@ _PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class StoredPart:
+class StoredPart(NamedTuple):
     """One stored tensor: its full name, dtype, shape and place.
 
     `strides` is None for a tensor that lies in one piece. Of a view of a fused tensor it holds the
@@ -77,10 +76,8 @@ def split_experts(
     """Replace every fused tensor by one view per expert and projection, under per-expert names."""
     split: dict[str, StoredPart] = {}
     for name, tensor in tensors.items():
-        match = _FUSED.fullmatch(name)
-        dims = len(tensor.spec.shape)
-        fused = match is not None and dims == {"_bias": 2, "_blocks": 4}.get(match["part"], 3)
-        if match is None or not fused or not tensor.spec.nbytes:  # no bytes: 2**60 experts at will
+        match = _fused(name, tensor.spec)
+        if match is None:
             split[name] = tensor
             continue
         if match["part"] == "_scale_inv" and match["leaf"] == "gate_up_proj":
@@ -91,6 +88,17 @@ def split_experts(
                 raise CheckpointError(f"{name}: holds {view.name}, which is also stored by itself")
             split[view.name] = view
     return split
+
+
+def _fused(name: str, spec: TensorSpec) -> re.Match[str] | None:
+    """The name of a fused tensor taken apart; None for any other."""
+    dims = len(spec.shape)
+    if dims < 3 and not name.endswith("_bias"):  # nearly all
+        return None
+    match = _FUSED.fullmatch(name)
+    if match is None or dims != {"_bias": 2, "_blocks": 4}.get(match["part"], 3):
+        return None
+    return match if spec.nbytes else None  # no bytes: 2**60 experts at will
 
 
 def _require_whole_blocks(
@@ -124,8 +132,8 @@ def _views(
     interleaved = part in ("_blocks", "_scales") or setting(config, "model_type") == "gpt_oss"
     for expert in range(count):
         begin = tensor.location.begin + expert * nbytes
-        location = replace(tensor.location, begin=begin, end=begin + nbytes)
-        one = replace(tensor, name="", spec=whole, location=location)
+        location = tensor.location._replace(begin=begin, end=begin + nbytes)
+        one = tensor._replace(name="", spec=whole, location=location)
         if transposed:
             one = _transpose(one, itemsize)
         halves = [("down_proj", one)]
@@ -133,7 +141,7 @@ def _views(
             gate, up = _halves(one, interleaved, tensor.name)
             halves = [("gate_proj", gate), ("up_proj", up)]
         for projection, view in halves:
-            yield replace(view, name=f"{experts}.{expert}.{projection}.{_PARTS[part]}")
+            yield view._replace(name=f"{experts}.{expert}.{projection}.{_PARTS[part]}")
 
 
 def _is_transposed(
@@ -156,7 +164,7 @@ def _transpose(one: StoredPart, itemsize: int) -> StoredPart:
     """[in, out] seen as [out, in]."""
     rows, cols = one.spec.shape
     spec = replace(one.spec, shape=(cols, rows))
-    return replace(one, spec=spec, strides=(itemsize, cols * itemsize))
+    return one._replace(spec=spec, strides=(itemsize, cols * itemsize))
 
 
 def _halves(one: StoredPart, interleaved: bool, name: str) -> tuple[StoredPart, StoredPart]:
@@ -174,8 +182,8 @@ def _halves(one: StoredPart, interleaved: bool, name: str) -> tuple[StoredPart, 
     def half(offset: int) -> StoredPart:
         begin = one.location.begin + offset
         end = begin + spec.nbytes if strides is None else one.location.end
-        return replace(
-            one, spec=spec, location=Location(one.location.file, begin, end), strides=strides
+        return one._replace(
+            spec=spec, location=Location(one.location.file, begin, end), strides=strides
         )
 
     return half(0), half(shift)

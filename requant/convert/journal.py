@@ -14,8 +14,10 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from requant.errors import CheckpointError
@@ -23,6 +25,8 @@ from requant.errors import CheckpointError
 JOURNAL_NAME = ".requant-journal.jsonl"
 PART_NAME = ".requant-journal-{}.jsonl"
 MANIFEST_NAME = "requant.json"
+#: Where files that are fetched from elsewhere lie until they are converted.
+STAGING_NAME = ".requant-source"
 #: Says of a checkpoint that was cut into ranks what each holds.
 RANKS_NAME = "ranks.json"
 
@@ -57,10 +61,16 @@ class Halfway:
 class Journal:
     """The open journal of one conversion; holds a lock on OUT until closed."""
 
-    def __init__(self, out: Path, key: str, process: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        key: str,
+        process: int = 0,
+        origin: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> None:
         """Claim `out`; for another process than the first, its journal only. Raises CheckpointError
-        when `out` holds anything but this conversion."""
-        self.out, self.key = out, key
+        when `out` holds anything but this conversion, of a source of this `origin`."""
+        self.out, self.key, self._origin = out, key, origin
         self.path = out / (PART_NAME.format(process) if process else JOURNAL_NAME)
         # Other processes may have outlived the first one, and left their journals alone.
         others = {path.name for path in out.iterdir()} - {path.name for path in _parts(out)}
@@ -137,7 +147,7 @@ class Journal:
                 "repeat that command to finish it, or start over with --overwrite"
             )
         if not events:
-            self._append({"key": self.key})
+            self._append({"key": self.key, **self._origin})
 
     def _take(self, event: dict[str, Any]) -> None:
         read = {name: Digest(**facts) for name, facts in event.pop("read").items()}
@@ -161,6 +171,17 @@ class Journal:
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
+
+
+def begun_with(out: Path) -> tuple[str, str] | None:
+    """The Hub repository and revision whose conversion is unfinished in a folder."""
+    try:
+        with (out / JOURNAL_NAME).open("rb") as journal:
+            event = json.loads(journal.readline())
+        repo, revision = event["source_repo"], event["source_revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (repo, revision) if isinstance(repo, str) and isinstance(revision, str) else None
 
 
 def clear(out: Path) -> None:

@@ -14,7 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
@@ -22,6 +23,8 @@ from requant.quant.plain import Plain
 
 #: Of fewer scales, random ones say too little: they are read instead, which costs nothing.
 _FEW_SCALES = 4096
+#: Rows that are tried before all.
+_FEW_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -34,30 +37,43 @@ class Kept:
     reason: str | None = None
 
 
-def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kept:
-    """How faithful it is to write `weight` in `target`; reads its scales where they decide."""
-    stored = weight.codec
-    assert stored is not None
+def kept_by_formats(stored: Codec, target: Codec, shape: tuple[int, int]) -> Kept | None:
+    """How faithful it is to write a weight of `shape`; None where its scales decide."""
     if isinstance(stored, Plain) and isinstance(target, Plain):
         return Kept(target.dtype == "F32")  # BF16 and FP16 fit in
     if stored.alphabet is None or stored.alphabet not in target.packs:
         return Kept(False)
-    rows, cols = weight.shape
     repack = not isinstance(target, Plain)
-    if _always(stored, target, (rows, cols)):
+    if _always(stored, target, shape):
         return Kept(True, repack)
     powers_of_two = getattr(stored, "scale", None) == "ue8m0"  # in a dtype of many digits
-    if not repack and not powers_of_two and not _ever(stored, target, (rows, cols)):
+    if not repack and not powers_of_two and not _ever(stored, target, shape):
         return Kept(False)  # products of too many digits
-    specs = stored.specs(rows, cols)
-    scales = {
-        part: source.read_part(weight.parts[part], specs[part], 0, rows)
-        for part in _without_codes(specs)
-    }
-    try:
-        target.pack(stored.unpack(scales, (rows, cols)), (rows, cols))
-    except FormatError as error:
-        return Kept(False, reason=str(error) if repack else None)
+    return None
+
+
+def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kept:
+    """How faithful it is to write `weight` in `target`; reads its scales where they decide."""
+    stored = weight.codec
+    assert stored is not None
+    rows, cols = weight.shape
+    known = kept_by_formats(stored, target, (rows, cols))
+    if known is not None:
+        return known
+    repack = not isinstance(target, Plain)
+    # What does not fit mostly shows in the first rows already, which are read much faster.
+    few = math.lcm(_FEW_ROWS, stored.row_alignment(cols), target.row_alignment(cols))
+    alone = target.two_pass or few >= rows  # a scale of the whole tensor may need all of it
+    for stop in (rows,) if alone else (few, rows):
+        specs = stored.specs(stop, cols)
+        scales = {
+            part: source.read_part(weight.parts[part], spec, 0, stop)
+            for part, spec in _without_codes(specs).items()
+        }
+        try:
+            target.pack(stored.unpack(scales, (stop, cols)), (stop, cols))
+        except FormatError as error:
+            return Kept(False, reason=str(error) if repack else None)
     return Kept(True, repack)
 
 
@@ -93,8 +109,10 @@ def _without_codes(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {part: spec for part, spec in specs.items() if part != codes}
 
 
-#: Bits of a small and of a large positive number of each dtype; of a tame pair, near 1.
-_WILD = {"U8": (1, 0xFF), "F8_E8M0": (1, 0xFF), "F8_E4M3": (1, 0x7F)}
+#: Bits of a small and of a large positive number of each dtype; of a tame pair, near 1. A power of
+#: two with which a code overflows float32 (from 0xFD on) is refused when it is met, so it does not
+#: count.
+_WILD = {"U8": (1, 0xFD), "F8_E8M0": (1, 0xFD), "F8_E4M3": (1, 0x7F)}
 _WILD |= {"F16": (1, 0x7C00), "BF16": (1, 0x7F80), "F32": (1, 0x7F800000), "I32": (1, 1 << 30)}
 _TAME = _WILD | {"U8": (120, 134), "F8_E8M0": (120, 134), "F8_E4M3": (0x20, 0x50)}
 _TAME |= {"F16": (0x3000, 0x4400), "BF16": (0x3C00, 0x4200), "F32": (0x3C000000, 0x42000000)}

@@ -5,6 +5,7 @@ Names are split into dotted components once and compared as whole components, ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -45,6 +46,10 @@ _EMBEDDINGS = frozenset("embed_tokens embed wte".split())
 _TOWERS = frozenset(
     "vision_tower vision_model visual audio_tower mm_projector multi_modal_projector".split()
 )
+#: The part names that lead to a weight.
+_OF_WEIGHTS = PART_NAMES | ACTIVATION_PARTS
+#: A number between dots, such as a layer or expert can have.
+_NUMBER = re.compile(r"\.([0-9]{1,9})(?=\.)")
 _HEADS = frozenset("lm_head head".split())
 _ROUTERS = frozenset("gate router shared_expert_gate".split())
 
@@ -79,19 +84,48 @@ class TensorName:
     @classmethod
     def parse(cls, name: str) -> TensorName:
         """Take a stored tensor's name apart."""
-        module, _, part = name.rpartition(".")
-        if part not in PART_NAMES and ".weight." in name:  # bitsandbytes: `weight.absmax`, ...
-            owner, _, tail = name.rpartition(".weight.")
-            if f"weight.{tail}" in PART_NAMES:
-                module, part = owner, f"weight.{tail}"
+        module, part = split_part(name)
         components = module.split(".")
         return cls(module, part, _number(components, "layers"), _number(components, "experts"))
 
     @property
     def weight(self) -> str:
         """The canonical name of the weight this part belongs to: `<module>.weight`, or itself."""
-        part = "weight" if self.part in PART_NAMES | ACTIVATION_PARTS else self.part
-        return f"{self.module}.{part}" if self.module else part
+        return weight_of(self.module, self.part)
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """A stored tensor's name -> the module's and the part's."""
+    module, _, part = name.rpartition(".")
+    if part not in PART_NAMES and ".weight." in name:  # bitsandbytes: `weight.absmax`, ...
+        owner, _, tail = name.rpartition(".weight.")
+        if f"weight.{tail}" in PART_NAMES:
+            return owner, f"weight.{tail}"
+    return module, part
+
+
+def weight_of(module: str, part: str) -> str:
+    """The canonical name of the weight that a part of a module belongs to."""
+    part = "weight" if part in _OF_WEIGHTS else part
+    return f"{module}.{part}" if module else part
+
+
+def split_numbers(name: str) -> tuple[tuple[str, ...], list[str]]:
+    """What is around the numbers in a name, and the numbers, as text. Those that are the first or
+    the last component count as text."""
+    pieces = _NUMBER.split(name)
+    return tuple(pieces[::2]), pieces[1::2]
+
+
+def layer_at(around: tuple[str, ...]) -> int | None:
+    """Which of the numbers, by what is around them, is that of a layer."""
+    layers = (i for i, text in enumerate(around[:-1]) if f".{text}".endswith(".layers"))
+    return next(layers, None)
+
+
+def zeroed(name: str) -> str:
+    """The name with 0 for those numbers: the same for names that differ in nothing else."""
+    return _NUMBER.sub(".0", name)
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> Role:
@@ -143,11 +177,16 @@ def is_mtp(name: str, config: Mapping[str, Any]) -> bool:
     parsed = TensorName.parse(name)
     if "mtp" in parsed.module.split("."):
         return True
+    return parsed.layer is not None and parsed.layer in mtp_layers(config)
+
+
+def mtp_layers(config: Mapping[str, Any]) -> range:
+    """The numbers of the layers that num_nextn_predict_layers counts."""
     count = setting(config, "num_nextn_predict_layers") or 0
     layers = setting(config, "num_hidden_layers")
-    if parsed.layer is None or not isinstance(layers, int) or not isinstance(count, int):
-        return False
-    return layers <= parsed.layer < layers + count
+    if not isinstance(layers, int) or not isinstance(count, int):
+        return range(0)
+    return range(layers, layers + count)
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,6 @@ Output files mirror the source's files: a weight goes where its codes were, its 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -18,60 +17,23 @@ from typing import Any
 import torch
 
 import requant
-from requant.convert.containers import choose_codecs, expert_dtype, quantization_config
+from requant.convert.containers import Choice, choose_codecs, expert_dtype, quantization_config
 from requant.convert.engines import engine_notes
 from requant.convert.folder import INDEX_NAME, SINGLE_NAME, last_name
+from requant.convert.forms import Form, PlannedWeight, companions_of, plan_weights
 from requant.convert.header import layout
-from requant.convert.lossless import keeps_values
 from requant.convert.names import setting
 from requant.convert.recipe import Recipe
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import Kind
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec, format_name
 from requant.quant.codec import TORCH_DTYPES
-from requant.quant.compressed_tensors import QUANT_METHOD
 from requant.quant.cutting import PartCut
 from requant.quant.plain import Plain
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class PlannedWeight:
-    """One weight: where its parts go. `codec` None means: copy the stored bytes.
-
-    `lossless`: converted without a change of value; `repack`: by handing over its codes. `reason`
-    says why codes that the target could take are requantized all the same. `companions` are the
-    weights that share the summary of a two-pass format with this one, itself included.
-    """
-
-    source: StoredWeight
-    codec: Codec | None
-    specs: Mapping[str, TensorSpec]
-    lossless: bool = False
-    repack: bool = False
-    reason: str | None = None
-    companions: tuple[StoredWeight, ...] = ()
-
-    def stored_name(self, part: str) -> str:
-        """The full name of one of its parts in the output."""
-        if self.codec is None:
-            return self.source.tensors[part].name
-        return self.source.name.removesuffix("weight") + part
-
-    @cached_property
-    def streamed(self) -> str | None:
-        """The part that can be written as its tiles come: the first, unless it is cut along its
-        columns or of an odd size; what is copied is written part by part."""
-        part, spec = next(iter(self.specs.items()))
-        in_order = spec.axis == 0 and spec.rows != 0 and spec.nbytes % 8 == 0
-        return part if in_order else None
-
-    @property
-    def written_codec(self) -> Codec | None:
-        """The codec that reads the result; None for a tensor that is no matrix."""
-        return self.codec or self.source.codec
 
 
 @dataclass(frozen=True)
@@ -90,11 +52,14 @@ class PlannedPiece:
     shift: int = 0
     in_place: bool = False
 
-    @cached_property
+    @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The tensors of the file, by part."""
-        if self.cuts is None:
-            return self.weight.specs
+        return self.weight.form.specs if self.cuts is None else self._cut_specs
+
+    @cached_property
+    def _cut_specs(self) -> Mapping[str, TensorSpec]:
+        assert self.cuts is not None
         return {p: self.cuts[p].spec if p in self.cuts else s for p, s in self.weight.specs.items()}
 
     @property
@@ -163,15 +128,23 @@ class Plan:
     reads_back: Mapping[str, Codec | None]
     ranks: Mapping[str, Any] | None = None
 
-    @property
+    @cached_property
     def files(self) -> list[PlannedFile]:
         """Every file that is written."""
         return [file for group in self.groups for file in group.files]
 
-    @property
+    @cached_property
     def weights(self) -> list[PlannedWeight]:
         """Every weight, in file order."""
         return [weight for group in self.groups for weight in group.weights]
+
+    @cached_property
+    def _alike(self) -> Mapping[tuple[Kind, Form], list[PlannedWeight]]:
+        """The weights by what they are and how they are written, in file order."""
+        alike: dict[tuple[Kind, Form], list[PlannedWeight]] = {}
+        for weight in self.weights:
+            alike.setdefault((weight.source.alike, weight.form), []).append(weight)
+        return alike
 
     @property
     def read_bytes(self) -> int:
@@ -188,14 +161,14 @@ class Plan:
         """Identifies source, recipe and version: an output is resumed only under the same key."""
         digest = hashlib.sha256(f"requant {requant.__version__}\n".encode())
         for name, facts in self.source.facts.items():
-            digest.update(f"{name} {facts.nbytes} {facts.mtime_ns}\n".encode())
+            digest.update(f"{name} {facts.nbytes} {facts.version}\n".encode())
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
             digest.update(file.name.encode() + file.header)
             for piece in file.pieces:
                 weight = piece.weight
-                identity = weight.source.name, weight.codec, weight.repack, piece.cuts
-                digest.update(repr(identity).encode())
+                told = f"({weight.source.name!r}, {weight.form.identity}, {piece.cuts!r})"
+                digest.update(told.encode())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -204,20 +177,23 @@ class Plan:
 
     @cached_property
     def _summary(self) -> dict[str, Any]:
-        converted = [weight for weight in self.weights if weight.codec is not None]
-        lossless = sum(weight.lossless for weight in converted)
-        formats = Counter(
-            format_name(w.codec) if w.codec else w.source.format for w in self.weights
-        )
+        copied = lossless = 0
+        formats: Counter[str] = Counter()
+        for (kind, form), weights in self._alike.items():
+            formats[format_name(form.codec) if form.codec else kind.format] += len(weights)
+            copied += len(weights) if form.codec is None else 0
+            lossless += len(weights) if form.lossless else 0
+        converted = [weight for weight in self.weights if weight.form.codec is not None]
+        unknown = {k for k, _ in self._alike if k.purpose == "other" and k.leaf != "eh_proj"}
         return {
-            "source": str(self.source.path),
+            "source": self.source.folder.label,
             "format": self.recipe.format,
             "recipe": self.recipe.name,
             "files": len(self.files),
             "tensors": len(self.weights),
             "read_bytes": self.read_bytes,
             "written_bytes": self.written_bytes,
-            "identical_tensors": len(self.weights) - len(converted),
+            "identical_tensors": copied,
             "lossless_tensors": lossless,
             "requantized_tensors": len(converted) - lossless,
             "formats": dict(sorted(formats.items())),
@@ -225,16 +201,14 @@ class Plan:
                 {"tensor": w.source.name, "reason": w.reason} for w in converted if w.reason
             ],
             "engine_notes": list(
-                engine_notes(self.weights, setting(self.source.config, "model_type"))
+                engine_notes(self._alike, setting(self.source.config, "model_type"))
             ),
             "ignored_files": self.source.ignored_files,
             "dropped_tensors": sorted(
                 part.name for w in converted for part in w.source.activations.values()
             ),
             "unknown_tensors": sorted(
-                w.source.name
-                for w in self.weights
-                if w.source.kind == "other" and not _is_eh_proj(w.source)
+                w.source.name for w in self.weights if w.source.alike in unknown
             ),
             **({} if self.ranks is None else {"ranks": self.ranks}),
         }
@@ -243,28 +217,33 @@ class Plan:
 def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False) -> Plan:
     """Plan a conversion. Raises FormatError, naming the tensor, for what cannot be written."""
     recipe.require_effect(source)
-    chosen = choose_codecs(source, recipe)
-    if any(chosen.values()) and (source.quantization_config or {}).get("transform_config"):
+    choices = choose_codecs(source, recipe)
+    converts = any(choice.codec for choice in choices)
+    if converts and (source.quantization_config or {}).get("transform_config"):
         raise FormatError(
             f"{source.path}: its weights are rotated (transform_config), and engines undo that by "
             "a config that requant does not write; convert the checkpoint it was made from"
         )
-    sets = _companions(source, chosen)
+    sets = companions_of(source, choices)
+    planned: dict[str, PlannedWeight | FormatError] = {}
+    for choice in choices:
+        planned.update(plan_weights(source, choice, sets))
     by_file: dict[str, list[PlannedWeight]] = {}
+    files_of = {file: last_name(file) for file in source.files}
     refused: list[FormatError] = []
-    for name, weight in source.weights.items():
-        try:
-            planned = _plan_weight(source, weight, chosen[name], sets)
-            by_file.setdefault(last_name(weight.file), []).append(planned)
-        except FormatError as error:
-            refused.append(error)
+    for name in source.weights:
+        weight = planned[name]
+        if isinstance(weight, FormatError):
+            refused.append(weight)
+        else:
+            by_file.setdefault(files_of[weight.source.file], []).append(weight)
     if refused:
         more = f"; so it is with {len(refused) - 1} more weights" if len(refused) > 1 else ""
         raise FormatError(f"{refused[0]}{more}")
     groups = tuple(
         _plan_group(name, by_file[name], source.files_by_name[name]) for name in sorted(by_file)
     )
-    config = _config(source, recipe, chosen)
+    config = _config(source, recipe, choices)
     files = [file for group in groups for file in group.files]
     one = [file.name for file in files] == [SINGLE_NAME]
     documents = {} if one else {INDEX_NAME: index_of(files)}
@@ -273,59 +252,6 @@ def make_plan(source: Checkpoint, recipe: Recipe, require_lossless: bool = False
     if require_lossless:
         _require_lossless(plan)
     return plan
-
-
-def _companions(
-    source: Checkpoint, chosen: Mapping[str, Codec | None]
-) -> dict[str, tuple[StoredWeight, ...]]:
-    """For every fused set that is encoded in a format with one summary a set: its weights."""
-    sets: dict[str, tuple[StoredWeight, ...]] = {}
-    for name, codec in chosen.items():
-        key = source.weights[name].fused_set
-        if codec is not None and codec.shares_summary and key is not None:
-            sets[key] = (*sets.get(key, ()), source.weights[name])
-    return sets
-
-
-def _plan_weight(
-    source: Checkpoint,
-    weight: StoredWeight,
-    codec: Codec | None,
-    sets: Mapping[str, tuple[StoredWeight, ...]],
-) -> PlannedWeight:
-    if codec is None:
-        return PlannedWeight(weight, None, {p: t.spec for p, t in weight.tensors.items()})
-    rows, cols = weight.shape
-    if not rows or not cols:
-        raise FormatError(f"{weight.name}: is [{rows}, {cols}]; a format needs rows and columns")
-    try:
-        specs = codec.specs(rows, cols)
-    except FormatError as error:
-        raise FormatError(f"{weight.name}: {error}") from error
-    kept = keeps_values(source, weight, codec)
-    other = _with_stored_scales(codec, weight.codec)
-    if kept.reason is not None and other is not None:
-        better = keeps_values(source, weight, other)
-        if better.lossless:
-            codec, specs, kept = other, other.specs(rows, cols), better
-    companions: tuple[StoredWeight, ...] = ()
-    if codec.two_pass and not kept.repack:
-        companions = sets.get(weight.fused_set or "", (weight,))
-    return PlannedWeight(weight, codec, specs, kept.lossless, kept.repack, kept.reason, companions)
-
-
-def _with_stored_scales(target: Codec, stored: Codec | None) -> Codec | None:
-    """An integer format of compressed-tensors that asks for no dtype of scales, with the source's:
-    engines take any. (FP8's scales differ in more than their dtype.)"""
-    wanted, found = getattr(target, "scale", None), getattr(stored, "scale", None)
-    asked = wanted != getattr(type(target), "scale", None)
-    integers = target.alphabet in ("int4", "int8") and target.quant_method == QUANT_METHOD
-    if not integers or asked or wanted is None or found is None:
-        return None
-    try:
-        return dataclasses.replace(target, scale=found)  # type: ignore[type-var]
-    except FormatError:
-        return None
 
 
 def _require_lossless(plan: Plan) -> None:
@@ -345,7 +271,7 @@ def _plan_group(name: str, weights: list[PlannedWeight], sources: tuple[str, ...
     """The file of this name, in the order of the source's (of ranks: those in every folder), so
     that all are read and written in one go."""
     weights = sorted(weights, key=lambda weight: weight.source.codes.location.begin)
-    pieces = [PlannedPiece(w, {part: w.stored_name(part) for part in w.specs}) for w in weights]
+    pieces = [PlannedPiece(weight, weight.names) for weight in weights]
     return PlannedGroup((Stage(sources, tuple(weights)),), (plan_file(name, pieces),))
 
 
@@ -359,17 +285,18 @@ def plan_file(name: str, pieces: Sequence[PlannedPiece]) -> PlannedFile:
 def index_of(files: Sequence[PlannedFile]) -> dict[str, Any]:
     """The index of a folder that holds these files."""
     total = sum(s.nbytes for file in files for p in file.pieces for s in p.specs.values())
-    places = {name: last_name(file.name) for file in files for name in file.ranges}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    places: dict[str, str] = {}
+    for file in files:
+        places.update(dict.fromkeys(file.ranges, last_name(file.name)))
+    weight_map = {name: places[name] for name in sorted(places)}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _config(
-    source: Checkpoint, recipe: Recipe, chosen: Mapping[str, Codec | None]
-) -> dict[str, Any]:
+def _config(source: Checkpoint, recipe: Recipe, choices: Sequence[Choice]) -> dict[str, Any]:
     """config.json of the output: the source's, with what changed."""
     config: dict[str, Any] = copy.deepcopy(source.config)
-    quantization = quantization_config(source, chosen)
-    if quantization is not None and not any(chosen.values()):
+    quantization = quantization_config(source, choices)
+    if quantization is not None and not any(choice.codec for choice in choices):
         # With what the source says of activations, such as scale_fmt.
         if setting(config, "quantization_config") is None:
             config["quantization_config"] = source.quantization_config
@@ -383,7 +310,7 @@ def _config(
     if quantization is None and len(plain) == 1 and isinstance(codec, Plain):
         for part in parts:
             part.update({k: _TORCH_NAMES[codec.dtype] for k in _DTYPE_KEYS if k in part})
-    experts = expert_dtype(source, chosen, (quantization or {}).get("quant_method"))
+    experts = expert_dtype(choices, (quantization or {}).get("quant_method"))
     for part in parts:
         if part.pop("expert_dtype", None) is not None and experts is not None:
             part["expert_dtype"] = experts
@@ -392,7 +319,3 @@ def _config(
         if experts is not None and "expert_dtype" in (source.quantization_config or {}):
             quantization["expert_dtype"] = experts
     return config
-
-
-def _is_eh_proj(weight: StoredWeight) -> bool:
-    return weight.module.rpartition(".")[2] == "eh_proj"

@@ -163,6 +163,11 @@ def team() -> Iterator[Team]:
         processes.close()
 
 
+def launched() -> bool:
+    """Whether a launcher such as torchrun or `accelerate launch` started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
 def local_processes() -> int:
     """How many processes of the team share this machine."""
     return max(1, _number("LOCAL_WORLD_SIZE", 1))

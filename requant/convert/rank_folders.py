@@ -18,12 +18,14 @@ import torch
 
 from requant.convert.cut_rules import rule_of
 from requant.convert.deepseek import original
-from requant.convert.folder import CONFIG_NAME, file_facts, read_json, read_tensors
+from requant.convert.folder import CONFIG_NAME, Folder, folder_at, read_json
 from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.journal import RANKS_NAME
 from requant.convert.names import setting
+from requant.convert.pairing import pair_parts, told
 from requant.convert.parallel import Parallel
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import CheckpointError, FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
@@ -69,8 +71,10 @@ def rank_folder(rank: int) -> str:
     return f"rank-{rank:03}"
 
 
-def read_layout(path: Path) -> Layout | None:
+def read_layout(where: Path | Folder) -> Layout | None:
     """What ranks.json of a folder says; None without it. Raises CheckpointError for nonsense."""
+    folder = folder_at(where)
+    path = folder.path
     if not (path / RANKS_NAME).is_file():
         return None
     document = read_json(path / RANKS_NAME, "")
@@ -108,7 +112,7 @@ def read_layout(path: Path) -> Layout | None:
     for file in (file for files in layout.files for file in files):
         if not _FILE.fullmatch(file):
             raise CheckpointError(f"{path / RANKS_NAME}: {file!r} is no .safetensors file of it")
-        if not (path / file).is_file():
+        if not folder.holds(file):
             raise CheckpointError(f"{path}: {file} is absent; copy it again")
     return layout
 
@@ -147,11 +151,15 @@ def deepseek_layout(path: Path, config: dict[str, Any]) -> Layout:
     return dataclasses.replace(layout, tables=tuple(tables))
 
 
-def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None) -> Checkpoint:
+def open_ranks(
+    where: Path | Folder, layout: Layout, config: dict[str, Any] | None = None
+) -> Checkpoint:
     """The whole checkpoint; of this config where the folder has none. Raises CheckpointError or
     FormatError naming rank, weight, numbers."""
+    folder = folder_at(where)
+    path = folder.path
     config = config or read_json(path / CONFIG_NAME, "not a checkpoint folder")
-    ranks = [open_rank(path, layout, rank, config) for rank in range(len(layout.folders))]
+    ranks = [open_rank(folder, layout, rank, config) for rank in range(len(layout.folders))]
     files = tuple(file for rank in ranks for file in rank.files)
     facts = {file: fact for rank in ranks for file, fact in rank.facts.items()}
     held: dict[str, list[tuple[int, StoredWeight]]] = {}
@@ -161,42 +169,46 @@ def open_ranks(path: Path, layout: Layout, config: dict[str, Any] | None = None)
     weights = {}
     for name, pieces in held.items():
         try:
-            where = [layout.tables[number][name] for number, _ in pieces]
-            weights[name] = _joined([weight for _, weight in pieces], where)
+            spans = [layout.tables[number][name] for number, _ in pieces]
+            weights[name] = _joined([weight for _, weight in pieces], spans)
         except FormatError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
-    whole = Checkpoint(path, config, files, facts, weights)
-    told = {
-        name: dataclasses.replace(weight, codec=whole.told(weight.codec, weight.parts))
+    whole = Checkpoint(folder, config, files, facts, weights)
+    completed = {
+        name: weight.stored_as(
+            told(whole, weight.codec, weight.parts), weight.shape, weight.parts, weight.activations
+        )
         for name, weight in weights.items()
         if weight.codec is not None and weight.codec.needs_content
     }
-    return dataclasses.replace(whole, weights={**weights, **told})
+    return dataclasses.replace(whole, weights={**weights, **completed})
 
 
 def open_rank(
-    path: Path, layout: Layout, rank: int, config: dict[str, Any] | None = None
+    where: Path | Folder, layout: Layout, rank: int, config: dict[str, Any] | None = None
 ) -> Checkpoint:
     """What one rank holds, under the whole checkpoint's names; its files are named from `path`.
 
     Raises CheckpointError when it is not what the layout's tables, if any, say.
     """
+    folder = folder_at(where)
+    path = folder.path
     config = config or read_json(path / CONFIG_NAME, "not a checkpoint folder")
     files = layout.files[rank]
     tensors: dict[str, StoredPart] = {}
-    for file in files:
-        for name, part in read_tensors(path, file).items():
+    for file, found in folder.tensors(files):
+        for name, part in found.items():
             whole = original(name) if layout.renamed else name
             if whole in tensors:
                 raise CheckpointError(f"{path / file}: {name} is in another file of its rank, too")
-            tensors[whole] = dataclasses.replace(part, name=whole)
-    checkpoint = Checkpoint(path, config, files, {f: file_facts(path / f) for f in files}, {})
-    weights = checkpoint.pair_parts(tensors)
+            tensors[whole] = part._replace(name=whole)
+    checkpoint = Checkpoint(folder, config, files, {f: folder.facts(f) for f in files}, {})
+    weights = pair_parts(checkpoint, tensors)
     differ = set(weights) ^ set(layout.tables[rank]) if layout.tables else set()
     if differ:
-        name, folder = min(differ), layout.folders[rank]
-        lacks = RANKS_NAME if name in weights else folder
-        raise CheckpointError(f"{path / folder}: {name} is not in {lacks}")
+        name, own = min(differ), layout.folders[rank]
+        lacks = RANKS_NAME if name in weights else own
+        raise CheckpointError(f"{path / own}: {name} is not in {lacks}")
     return dataclasses.replace(checkpoint, weights=weights)
 
 
@@ -269,20 +281,18 @@ def _put_together(
                     _moved, codec, part, stored.spec, (shape[0], shape[1]), start * axis
                 )
             joined.append(StoredPiece(stored.location, cut[part].patch, moved))
-        parts[part] = dataclasses.replace(first.parts[part], spec=spec, pieces=tuple(joined))
+        parts[part] = first.parts[part]._replace(spec=spec, pieces=tuple(joined))
     activations = {
         part: _alike(tensor, [_part(piece, part) for piece in pieces])
         for part, tensor in first.activations.items()
     }
-    return dataclasses.replace(
-        first, shape=shape, codec=codec, parts=parts, activations=activations
-    )
+    return first.stored_as(codec, shape, parts, activations)
 
 
 def _as_detected(codec: Codec) -> Codec:
     """The codec without what the bytes of a piece told it."""
-    told = [f for f in dataclasses.fields(codec) if f.metadata.get("stored")]  # type: ignore[arg-type]
-    return dataclasses.replace(codec, **{f.name: f.default for f in told})  # type: ignore[type-var]
+    stored = [f for f in dataclasses.fields(codec) if f.metadata.get("stored")]  # type: ignore[arg-type]
+    return dataclasses.replace(codec, **{f.name: f.default for f in stored})  # type: ignore[type-var]
 
 
 def _moved(
@@ -301,7 +311,7 @@ def _moved(
 def _alike(tensor: StoredPart, copies: Iterable[StoredPart]) -> StoredPart:
     """A tensor that every rank has: all copies are read, and compared."""
     pieces = tuple(StoredPiece(copy.location, None) for copy in copies)
-    return dataclasses.replace(tensor, pieces=pieces)
+    return tensor._replace(pieces=pieces)
 
 
 def _part(weight: StoredWeight, part: str) -> StoredPart:

@@ -12,8 +12,9 @@ from requant.convert.cut_rules import REPLICABLE
 from requant.convert.names import Role
 from requant.convert.parallel import Parallel
 from requant.convert.placement import Holders, Loads, contiguous, place
-from requant.convert.source import Checkpoint, StoredWeight
-from requant.convert.survey import Item, Kind, Survey
+from requant.convert.source import Checkpoint
+from requant.convert.survey import Cut, Item, Survey
+from requant.convert.weights import StoredWeight
 from requant.errors import RequantError
 from requant.quant.cutting import plan_cut
 
@@ -57,7 +58,7 @@ class Share(NamedTuple):
 
     def piece(self, index: int, ways: int) -> Piece:
         """What the rank of this index among `ways` holds."""
-        weight, rule = self.item.weight, self.item.kind.rule
+        weight, rule = self.item.weight, self.item.cut.rule
         axis = rule.axis if self.pieces > 1 else None
         extent = weight.shape[axis or 0] if weight.shape else 1
         number, size = index * self.pieces // ways, extent // self.pieces
@@ -106,8 +107,8 @@ class Split:
             "max_rank_bytes": max(totals),
             "balance": max(totals) * len(totals) / max(sum(totals), 1),
             "replicated_bytes": sum(totals) - source,
-            "replicated_tensors": dict(Counter(item.kind.pattern for item in whole)),
-            "unknown_tensors": dict(Counter(item.kind.pattern for item in unknown)),
+            "replicated_tensors": dict(Counter(item.cut.pattern for item in whole)),
+            "unknown_tensors": dict(Counter(item.cut.pattern for item in unknown)),
             "legal_ranks": list(self.survey.legal_ranks(self.parallel)),
         }
 
@@ -163,12 +164,12 @@ def split(
         holders = place(survey.experts, parallel.ep, loads, redundant)
     stages = _layer_stages(survey.layers, parallel.pp)
     tied = all(item.weight.role != "lm_head" for item in survey.items)
-    pieces: dict[Kind, tuple[int, int]] = {}
+    pieces: dict[Cut, tuple[int, int]] = {}
     shares = []
     for item in survey.items:
-        if item.kind not in pieces:
-            pieces[item.kind] = pieces_of(item, parallel)
-        count, nbytes = pieces[item.kind]
+        if item.cut not in pieces:
+            pieces[item.cut] = pieces_of(item, parallel)
+        count, nbytes = pieces[item.cut]
         nbytes = item.weight.nbytes if count == 1 else nbytes
         held = _stages_of(item, parallel.pp, stages, tied)
         shares.append(Share(item, held, _groups(item, holders), count, nbytes))
@@ -177,8 +178,8 @@ def split(
 
 def pieces_of(item: Item, parallel: Parallel) -> tuple[int, int]:
     """How many pieces a kind of tensor is cut into, and the bytes of each."""
-    demand, weight = item.kind.demand, item.weight
-    count = 1 if demand is None else demand.pieces(item.kind.ways(parallel))
+    demand, weight = item.cut.demand, item.weight
+    count = 1 if demand is None else demand.pieces(item.cut.ways(parallel))
     if demand is None or count == 1:
         return 1, weight.nbytes
     if weight.codec is None:
@@ -208,7 +209,7 @@ def _stages_of(item: Item, count: int, by_layer: Mapping[int, int], tied: bool) 
     head, too, on the last), what follows the layers and MTP on the last, and what is unknown and
     in no layer on all."""
     first, last = (0,), (count - 1,)
-    if count == 1 or item.kind.tower:
+    if count == 1 or item.cut.tower:
         return first
     if item.weight.role == "mtp":
         return last

@@ -129,9 +129,12 @@ class Files:
                 return held if begin % 8 == 0 else held.clone()
         raw = torch.empty(end - begin, dtype=torch.uint8)
         if end > begin:
-            target = memoryview(raw.numpy().data)
-            read_exactly(self._descriptor(file), begin, end, target, self._path / file)
+            self._fill(memoryview(raw.numpy().data), file, begin, end)
         return raw
+
+    def _fill(self, target: memoryview, file: str, begin: int, end: int) -> None:
+        """Read bytes begin:end of a file."""
+        read_exactly(self._descriptor(file), begin, end, target, self._path / file)
 
     def _read_direct(
         self, file: str, begin: int, end: int, buffers: Buffers | None = None
@@ -144,8 +147,7 @@ class Files:
         try:
             read_exactly(self._descriptor(file, True), first, end, target, self._path / file)
         except CheckpointError:  # a file system may give up half-way; what is really wrong recurs
-            target = memoryview(raw[: end - first].numpy().data)
-            read_exactly(self._descriptor(file), first, end, target, self._path / file)
+            self._fill(memoryview(raw[: end - first].numpy().data), file, first, end)
         return raw[begin - first : end - first]
 
     @contextlib.contextmanager

@@ -15,14 +15,17 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
 from requant.convert.names import LINEAR_ROLES, ROLES, setting
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import FormatError, RequantError
 from requant.quant import CODECS, Codec, format_name, parse_format
 from requant.quant.codec import bits_per_weight
@@ -59,9 +62,29 @@ class Recipe:
         }
         return hashlib.sha256(json.dumps(tables).encode()).hexdigest()
 
+    @property
+    def text(self) -> str:
+        """It as a recipe file."""
+        tables = (("roles", self.roles), ("modules", self.modules))
+        return "\n".join(
+            f"[{key}]\n"
+            + "".join(
+                f"{json.dumps(left)} = {json.dumps(format_name(codec) if codec else 'keep')}\n"
+                for left, codec in table.items()
+            )
+            for key, table in tables
+            if table
+        )
+
+    @cached_property
+    def tells_numbers(self) -> bool:
+        """Whether a pattern may match one number and not another, of a layer for example. One of
+        `*` and other characters than digits cannot: what is around the numbers has to fit."""
+        return any(re.search(r"[0-9?\[]", pattern) for pattern in self.modules)
+
     def target(self, weight: StoredWeight) -> Codec | None:
         """The codec this weight is to be written in; None to keep it as it is stored."""
-        if weight.codec is None or weight.kind not in LINEAR_ROLES:
+        if weight.codec is None or not weight.alike.linear:
             return None
         module = weight.module
         for pattern, codec in self.modules.items():
@@ -73,17 +96,19 @@ class Recipe:
         """Raise when a [modules] pattern decides about no linear weight: a typo must not pass."""
         if self.preset:
             return
-        modules = {
-            weight.module for weight in source.weights.values() if weight.kind in LINEAR_ROLES
-        }
+        linear = [kind for kind in source.kinds if kind.linear]
+        modules = {kind.module for kind in linear}
+        if self.tells_numbers:
+            modules = {weight.module for kind in linear for weight in source.kinds[kind]}
         left = set(modules)
         for pattern in self.modules:
             matches = {module for module in modules if fnmatch.fnmatchcase(module, pattern)}
             if not matches:
+                names = (weight.module for kind in linear for weight in source.kinds[kind])
                 raise RequantError(
                     f"recipe {self.name}: [modules] {pattern!r} matches no linear weight of "
                     f"{source.path}; patterns are compared with names such as "
-                    f"{min(modules, default='model.layers.0.mlp.up_proj')!r}"
+                    f"{min(names, default='model.layers.0.mlp.up_proj')!r}"
                 )
             if not matches & left:
                 raise RequantError(

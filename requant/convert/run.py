@@ -7,47 +7,40 @@ the number of workers.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import requant
 from requant.convert.builder import Builder
-from requant.convert.folder import CONFIG_NAME, origin
+from requant.convert.check import check_file, check_finished, check_output
+from requant.convert.claim import Receiver, claim, leaving_behind, require_apart, require_room
+from requant.convert.folder import CONFIG_NAME, Folder
+from requant.convert.forms import PlannedWeight
 from requant.convert.journal import (
-    JOURNAL_NAME,
     MANIFEST_NAME,
+    STAGING_NAME,
+    Digest,
     Finished,
     Halfway,
     Journal,
     clear,
     read_manifest,
 )
-from requant.convert.plan import Plan, PlannedFile, PlannedGroup, PlannedWeight
+from requant.convert.plan import Plan, PlannedFile, PlannedGroup
 from requant.convert.processes import Team
 from requant.convert.readahead import WINDOWS
 from requant.convert.source import Checkpoint
 from requant.convert.steps import Steps, Tiles
-from requant.convert.writer import (
-    PARTIAL_SUFFIX,
-    OutputFile,
-    copy_side_files,
-    json_bytes,
-    side_files,
-    write_json,
-    writing,
-)
-from requant.errors import CheckpointError, RequantError
+from requant.convert.writer import OutputFile, copy_side_files, write_json, writing
+from requant.errors import CheckpointError
 from requant.memory import peak_bytes
 
 Progress = Callable[[int], None]
@@ -59,12 +52,16 @@ MALLOC_BYTES = 31 << 20
 @dataclass(frozen=True)
 class Runtime:
     """Where and how widely tiles are computed, and by which processes. `windows` of the source are
-    held in memory (readahead.py)."""
+    held in memory (readahead.py), and at most `disk` bytes of one on the Hub on the disk. Finished
+    files go to `receiver`.
+    """
 
     device: torch.device
     workers: int
     windows: int = WINDOWS
     team: Team = field(default_factory=Team)
+    disk: int | None = None
+    receiver: Receiver | None = None
 
 
 def convert(
@@ -95,14 +92,15 @@ def convert(
         def begin() -> tuple[list[str], dict[str, Halfway]] | None:
             nonlocal journal
             if overwrite:
-                _require_apart(plan, out)
+                require_apart(plan, out)
                 with writing(out):
                     clear(out)
             if (read_manifest(out) or {}).get("key") == plan.key:
-                _check_finished(plan, out)
+                check_finished(plan, out, runtime.receiver)
                 return None
-            journal = leaving.enter_context(_leaving(_claim(plan, out), created))
-            _require_room(plan, out, journal)
+            claimed = claim(plan, out, runtime.receiver)
+            journal = leaving.enter_context(leaving_behind(claimed, created))
+            require_room(plan, out, journal, runtime.disk, runtime.receiver)
             return list(journal.finished), journal.halfway
 
         begun = team.first(begin)
@@ -113,14 +111,22 @@ def convert(
                     journal = leaving.enter_context(Journal(out, plan.key, team.rank))
                 journal.halfway = begun[1]
             assert journal is not None
-            _write_files(plan, journal, set(begun[0]), runtime, progress)
-            if not team.leads:
-                journal.close()
-            team.meet(progress)
+            if runtime.receiver is not None:
+                for name, facts in journal.finished.items():
+                    runtime.receiver.file(name, facts.written)
+            folder, staging = plan.source.folder, out / STAGING_NAME
+            with folder.staged(staging, runtime.disk, team.rank, team.size):
+                _write_files(plan, journal, set(begun[0]), runtime, progress)
+                if not team.leads:
+                    journal.close()
+                team.meet(progress)
+                if team.leads:
+                    with writing(journal.path):
+                        journal.absorb()
+                    read = _read_rest(plan, journal)
             if team.leads:
-                with writing(journal.path):
-                    journal.absorb()
-                _complete(plan, out, journal)
+                folder.settle(staging)
+                _complete(plan, out, journal, read, runtime.receiver)
     return {
         **plan.summary(),
         "output": str(out),
@@ -128,76 +134,6 @@ def convert(
         "peak_rss_bytes": peak_bytes(),
         "resumed_files": len(plan.files) if finished is None else len(finished),
     }
-
-
-def _claim(plan: Plan, out: Path) -> Journal:
-    """Make OUT ours, or refuse before the first byte."""
-    side_files(plan.source.path)  # raises for what could not be copied at the end
-    _require_apart(plan, out)
-    with writing(out):
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"{out}: is a file; choose a folder")
-        out.mkdir(parents=True, exist_ok=True)
-    with writing(out / MANIFEST_NAME):
-        journal = Journal(out, plan.key)
-        try:
-            journal.absorb()
-        except BaseException:
-            journal.close()
-            raise
-    sizes = {file.name: file.nbytes for file in plan.files}
-    for name, facts in list(journal.finished.items()):
-        path, nbytes = out / name, facts.written.nbytes
-        if sizes.get(name) != nbytes or not path.is_file() or path.stat().st_size != nbytes:
-            del journal.finished[name]
-    return journal
-
-
-def _require_apart(plan: Plan, out: Path) -> None:
-    """Raise CheckpointError when OUT lies in the source folder, or the source in OUT."""
-    # Not Path.resolve: it raises RuntimeError for a link to itself.
-    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(plan.source.path))
-    if target.is_relative_to(source):
-        raise CheckpointError(f"{out}: lies in the source folder; choose another one")
-    if source.is_relative_to(target):
-        raise CheckpointError(f"{out}: holds the source folder; choose another one")
-
-
-def _require_room(plan: Plan, out: Path, journal: Journal) -> None:
-    """Raise CheckpointError when the disk cannot hold what is still to be written."""
-    kept = {name: n for half in journal.halfway.values() for name, n in half.positions.items()}
-    for file in plan.files:  # what a killed run left half-written and cannot continue is room
-        if file.name not in kept:
-            with writing(out):
-                (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-    documents = plan.config, *plan.documents.values()
-    needed = plan.written_bytes + sum(len(json_bytes(document)) for document in documents)
-    needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
-    needed -= sum(facts.written.nbytes for facts in journal.finished.values())
-    needed -= sum(nbytes for name, nbytes in kept.items() if name not in journal.finished)
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise CheckpointError(
-            f"{out}: {needed} bytes are to be written, {free} are free; "
-            "make room or choose another disk, then repeat the command"
-        )
-
-
-@contextlib.contextmanager
-def _leaving(journal: Journal, created: bool) -> Iterator[Journal]:
-    """Close the journal in the end; after a failure, keep what can be resumed, and remove what is
-    nothing yet."""
-    try:
-        yield journal
-    except BaseException:
-        with contextlib.suppress(OSError):  # never instead of the error that led here
-            if os.listdir(journal.out) == [JOURNAL_NAME]:
-                journal.remove()
-                if created:
-                    journal.out.rmdir()
-        raise
-    finally:
-        journal.close()
 
 
 def _write_files(
@@ -271,6 +207,10 @@ def _write_group(
             written = output.commit()
             with writing(journal.path):
                 journal.finish(planned.name, Finished(written, read))
+            if runtime.receiver is not None:
+                check_file(planned, output.path)
+                runtime.receiver.file(planned.name, written)
+        source.folder.release(read)
 
 
 def _fill(
@@ -302,19 +242,30 @@ def _fill(
         wait(pending)
 
 
-def _complete(plan: Plan, out: Path, journal: Journal) -> None:
-    """Side files, index, check, config, manifest: the folder becomes loadable only here."""
-    written = {name: facts.written for name, facts in journal.finished.items()}
+def _read_rest(plan: Plan, journal: Journal) -> dict[str, Digest]:
+    """The digests of all source files, also of those that hold nothing but scales."""
     read = {name: d for facts in journal.finished.values() for name, d in facts.read.items()}
-    for name in sorted(set(plan.source.files) - set(read)):  # what holds nothing but scales
+    for name in sorted(set(plan.source.files) - set(read)):
         with plan.source.reading([name], WINDOWS) as finish:
             read |= finish()
+    return read
+
+
+def _complete(
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    read: Mapping[str, Digest],
+    receiver: Receiver | None,
+) -> None:
+    """Side files, index, check, config, manifest: the folder becomes loadable only here."""
+    written = {name: facts.written for name, facts in journal.finished.items()}
     written |= copy_side_files(plan.source.path, out)
     for name, document in plan.documents.items():
         written[name] = write_json(out / name, document)
     written[CONFIG_NAME] = write_json(out / CONFIG_NAME, plan.config)
     try:
-        check_output(plan, out)
+        check_output(plan, Folder(out) if receiver is None else receiver.settle())
     except BaseException:
         (out / CONFIG_NAME).unlink(missing_ok=True)
         raise
@@ -323,43 +274,10 @@ def _complete(plan: Plan, out: Path, journal: Journal) -> None:
         "torch": torch.__version__,
         "key": plan.key,
         **plan.summary(),
-        **origin(plan.source.path),
+        **plan.source.folder.origin,
         "recipe_sha256": plan.recipe.sha256,
         "source_files": {name: asdict(read[name]) for name in sorted(read)},
         "written": {name: asdict(written[name]) for name in sorted(written)},
     }
     write_json(out / MANIFEST_NAME, manifest)
     journal.remove()
-
-
-def _check_finished(plan: Plan, out: Path) -> None:
-    """Raise when a finished OUT is no longer what was written, as far as its headers show."""
-    try:
-        check_output(plan, out)
-        missing = [name for name in side_files(plan.source.path) if not (out / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{out / missing[0]}: is missing")
-    except RequantError as error:
-        raise CheckpointError(
-            f"{out}: was finished, and is damaged now; remove it and repeat the command: {error}"
-        ) from error
-    (out / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed at its last step
-
-
-def check_output(plan: Plan, out: Path) -> None:
-    """Reopen what was written, with our reader and the reference one, and compare with the plan."""
-    written = Checkpoint.open(out)
-    if json.dumps(written.config, sort_keys=True) != json.dumps(plan.config, sort_keys=True):
-        raise CheckpointError(f"{out / CONFIG_NAME}: differs from what was planned")
-    for name, codec in plan.reads_back.items():
-        found = written.weights.get(name)
-        if found is None or found.codec != codec:
-            raise CheckpointError(f"{out}: {name} reads back as {found}")
-    for file in plan.files:
-        try:
-            with safe_open(out / file.name, "pt") as opened:
-                names = set(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{out / file.name}: safetensors refuses it: {error}") from error
-        if names != set(file.ranges):
-            raise CheckpointError(f"{out / file.name}: holds other tensors than planned")

@@ -15,16 +15,17 @@ from typing import Any
 
 from requant.convert import deepseek
 from requant.convert.folder import INDEX_NAME, SINGLE_NAME, read_json
+from requant.convert.forms import Form, PlannedWeight
 from requant.convert.fused import StoredPart
-from requant.convert.header import Location, parse_header, raw_header
+from requant.convert.header import Location, parse_header
 from requant.convert.journal import RANKS_NAME
+from requant.convert.names import zeroed
 from requant.convert.patterns import natural_key
 from requant.convert.plan import (
     Plan,
     PlannedFile,
     PlannedGroup,
     PlannedPiece,
-    PlannedWeight,
     Stage,
     index_of,
     plan_file,
@@ -38,7 +39,8 @@ from requant.convert.rank_folders import (
 )
 from requant.convert.ranks import Piece, Split
 from requant.convert.recipe import KEEP
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import Kind, StoredWeight
 from requant.errors import CheckpointError, FormatError, RequantError
 from requant.quant.cutting import cut_rows, plan_cut
 
@@ -46,6 +48,7 @@ from requant.quant.cutting import cut_rows, plan_cut
 def as_written(plan: Plan) -> Checkpoint:
     """The checkpoint that a plan would write, from its headers: what is to be cut."""
     weights: dict[str, StoredWeight] = {}
+    kinds: dict[tuple[Kind, Form], Kind] = {}
     for file in plan.files:
         for piece in file.pieces:
             source, specs = piece.weight.source, piece.weight.specs
@@ -53,13 +56,13 @@ def as_written(plan: Plan) -> Checkpoint:
                 part: StoredPart(name, specs[part], Location(file.name, *file.ranges[name]))
                 for part, name in piece.names.items()
             }
-            beside = parts.keys() & source.activations.keys()
-            weights[source.name] = dataclasses.replace(
-                source,
-                codec=piece.weight.written_codec,
-                parts={part: tensor for part, tensor in parts.items() if part not in beside},
-                activations={part: parts[part] for part in beside},
-            )
+            beside = {part: parts.pop(part) for part in source.activations if part in parts}
+            key = source.alike, piece.weight.form
+            if key not in kinds:
+                specs = {part: specs[part] for part in parts}
+                codec = piece.weight.written_codec
+                kinds[key] = dataclasses.replace(source.alike, codec=codec, specs=specs)
+            weights[source.name] = StoredWeight(source.name, kinds[key], parts, beside)
     in_order = {name: weights[name] for name in plan.source.weights}
     return dataclasses.replace(plan.source, config=dict(plan.config), weights=in_order)
 
@@ -146,8 +149,8 @@ def _headers(plan: Plan) -> dict[str, str]:
     stored = [part for weight in weights for part in weight.source.parts.values()]
     if any(w.codec is not None for w in weights) or any(p.strides or p.pieces for p in stored):
         return {file.name: file.header[8:].decode() for file in plan.files}
-    path = plan.source.path
-    return {name: raw_header(path / name)[0][8:].decode() for name in plan.source.files}
+    headers = plan.source.folder.raw_headers(plan.source.files)
+    return {name: header[8:].decode() for name, header, _ in headers}
 
 
 def _cut(piece: PlannedPiece, here: Piece) -> PlannedPiece:
@@ -221,8 +224,8 @@ def _in_new_files(source: Checkpoint) -> Plan:
             files.append([])
             room = FILE_BYTES
         room -= weight.nbytes
-        planned = PlannedWeight(weight, None, specs)
-        files[-1].append(PlannedPiece(planned, {p: planned.stored_name(p) for p in specs}))
+        planned = PlannedWeight(weight, Form(None, specs))
+        files[-1].append(PlannedPiece(planned, planned.names))
     groups = []
     for number, pieces in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):06}.safetensors"
@@ -250,10 +253,8 @@ def _merged(
                 f"{source.path}: {name} is {tensor.spec.dtype} {list(tensor.spec.shape)} on the "
                 f"ranks, {spec.dtype} {list(spec.shape)} in {RANKS_NAME}"
             )
-        alone = dataclasses.replace(
-            weight, name=name, shape=spec.shape, codec=None, parts={part: tensor}, activations={}
-        )
-        planned = PlannedWeight(alone, None, {part: spec})
+        alike = Kind(zeroed(name), weight.role, spec.shape, None, {part: spec})
+        planned = PlannedWeight(StoredWeight(name, alike, {part: tensor}), Form(None, {part: spec}))
         pieces.append(PlannedPiece(planned, {part: name}, in_place=True))
         ranges[name], end = (where.begin, where.end), where.end
     planned_file = PlannedFile(file, header, end, ranges, tuple(pieces))

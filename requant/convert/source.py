@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,101 +20,20 @@ from requant.convert.folder import (
     INDEX_NAME,
     MODELOPT_NAME,
     FileFacts,
-    file_facts,
+    Folder,
+    folder_at,
+    indexed_files,
     last_name,
     read_json,
-    read_tensors,
-    weight_files,
 )
 from requant.convert.fused import StoredPart, split_experts
 from requant.convert.journal import Digest
-from requant.convert.names import Role, TensorName, fused_set, kind_of, role_of, setting
+from requant.convert.names import setting
+from requant.convert.pairing import pair_parts
 from requant.convert.readahead import windows_of
-from requant.convert.reader import Files
+from requant.convert.weights import Kind, StoredWeight
 from requant.errors import CheckpointError, FormatError
-from requant.quant import (
-    ACTIVATION_PARTS,
-    PART_NAMES,
-    PLAIN_NAMES,
-    Codec,
-    TensorSpec,
-    detect_format,
-    format_name,
-)
-from requant.quant.codec import DTYPE_BITS
-from requant.quant.compressed_tensors import narrow
-
-#: A lone matrix of these dtypes is a table of something else, not a weight without its scale.
-_NEVER_CODES = frozenset("BOOL I16 U16 U32 F64 I64 U64 C64".split())
-#: Largest part whose bytes are looked at when a checkpoint is opened.
-MAX_CONTENT_BYTES = 1 << 16
-
-#: Names of the config's groups that apply, and the parts' specs -> the codec that reads them.
-_Detected = dict[tuple[tuple[str, ...], tuple[tuple[str, TensorSpec], ...]], Codec]
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """One weight: `codec` reads its parts; None for a tensor that is no matrix (copied as it is).
-
-    `parts` maps what follows the module's name (`weight`, `weight_scale_inv`, ...) to the tensor;
-    `activations` those that tell how the layer's input is quantized.
-    """
-
-    name: str
-    role: Role
-    shape: tuple[int, ...]
-    codec: Codec | None
-    parts: Mapping[str, StoredPart]
-    activations: Mapping[str, StoredPart] = field(default_factory=dict)
-
-    @cached_property
-    def tensors(self) -> dict[str, StoredPart]:
-        """All that is stored of it, by part."""
-        return {**self.parts, **self.activations}
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of all parts."""
-        return sum(part.spec.nbytes for part in self.tensors.values())
-
-    @cached_property
-    def codes(self) -> StoredPart:
-        """The part that holds the codes, the largest; scales may lie elsewhere."""
-        return max(self.parts.values(), key=lambda part: part.spec.nbytes)
-
-    @property
-    def file(self) -> str:
-        """The file that holds the codes, or the first piece of them."""
-        return self.codes.location.file
-
-    @cached_property
-    def module(self) -> str:
-        """The layer's name: all before the part."""
-        return TensorName.parse(self.name).module
-
-    @cached_property
-    def fused_set(self) -> str | None:
-        """What identifies the layers that engines fuse with this one; None when it stands alone."""
-        return fused_set(self.name)
-
-    @cached_property
-    def kind(self) -> Role:
-        """What it is for by its own name; differs from `role` in an MTP layer only."""
-        return kind_of(self.name, self.shape)
-
-    @property
-    def row_alignment(self) -> int:
-        """Tiles that are decoded start on a multiple of this many rows."""
-        return self.codec.row_alignment(self.shape[1]) if self.codec else 1
-
-    @property
-    def format(self) -> str:
-        """The format's name with its options, or the dtype of a tensor that no codec reads."""
-        if self.codec is not None:
-            return format_name(self.codec)
-        dtype = next(iter(self.parts.values())).spec.dtype
-        return PLAIN_NAMES.get(dtype, dtype)
+from requant.quant import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -124,34 +43,35 @@ class Checkpoint:
     `facts`: what each of `files` was when it was opened.
     """
 
-    path: Path
+    folder: Folder
     config: dict[str, Any]
     files: tuple[str, ...]
     facts: Mapping[str, FileFacts]
     weights: Mapping[str, StoredWeight]
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, where: Path | Folder) -> Checkpoint:
         """Open a folder, also one that was cut into ranks, as the whole checkpoint.
 
         Raises CheckpointError or FormatError naming file, tensor and numbers.
         """
         from requant.convert.rank_folders import open_ranks, read_layout  # it builds on this module
 
+        folder = folder_at(where)
+        path = folder.path
         try:
-            if not path.is_dir():
-                raise CheckpointError(f"{path}: no such folder; give a checkpoint, or `demo`")
+            folder.require()
             config = read_json(path / CONFIG_NAME, "not a checkpoint folder")
-            layout = read_layout(path)
+            layout = read_layout(folder)
             if layout is not None:
-                return open_ranks(path, layout)
-            files, index = weight_files(path)
+                return open_ranks(folder, layout)
+            files, index = indexed_files(folder)
         except OSError as error:  # a name too long, a folder without permission
             raise CheckpointError(f"{path}: cannot open it: {error}") from error
-        facts = {file: file_facts(path / file) for file in files}
+        facts = {file: folder.facts(file) for file in files}
         tensors: dict[str, StoredPart] = {}
-        for file in files:
-            for name, part in read_tensors(path, file).items():
+        for file, found in folder.tensors(files):
+            for name, part in found.items():
                 if name in tensors:
                     raise CheckpointError(
                         f"{path}: {name} is in both {tensors[name].location.file} and {file}; "
@@ -167,8 +87,13 @@ class Checkpoint:
                 )
         if not tensors:
             raise CheckpointError(f"{path}: holds no tensor in {len(files)} files")
-        checkpoint = cls(path, config, files, facts, {})
-        return replace(checkpoint, weights=checkpoint.pair_parts(split_experts(tensors, config)))
+        checkpoint = cls(folder, config, files, facts, {})
+        return replace(checkpoint, weights=pair_parts(checkpoint, split_experts(tensors, config)))
+
+    @property
+    def path(self) -> Path:
+        """Where the files lie; of a Hub repository, all but the weights."""
+        return self.folder.path
 
     @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -183,6 +108,14 @@ class Checkpoint:
                 return {"quant_method": "modelopt", **found}
         return None
 
+    @cached_property
+    def kinds(self) -> Mapping[Kind, list[StoredWeight]]:
+        """The weights of each kind, in source order."""
+        kinds: dict[Kind, list[StoredWeight]] = {}
+        for weight in self.weights.values():
+            kinds.setdefault(weight.alike, []).append(weight)
+        return kinds
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, as an index's total_size counts them."""
@@ -191,8 +124,7 @@ class Checkpoint:
     @property
     def ignored_files(self) -> list[str]:
         """Files of the folder that could hold weights but are not in the index."""
-        found = (path.name for path in self.path.glob("*.safetensors"))
-        return sorted(set(found) - set(self.files))
+        return sorted(set(self.folder.weight_files()) - set(self.files))
 
     @cached_property
     def files_by_name(self) -> Mapping[str, tuple[str, ...]]:
@@ -206,7 +138,7 @@ class Checkpoint:
     def read_rows(self, part: StoredPart, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a stored tensor (all of a scalar), in its own dtype, on the CPU."""
         shape = part.spec.shape
-        return self._files.read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
+        return self.folder.reader.read(part, (stop - start, *shape[1:]) if shape else (), start, 0)
 
     def read_part(self, part: StoredPart, spec: TensorSpec, start: int, stop: int) -> torch.Tensor:
         """What a tile of rows start:stop of the weight has of a part; `spec` is its codec's."""
@@ -214,11 +146,11 @@ class Checkpoint:
         first, last = replace(spec, shape=part.spec.shape).row_range(start, stop)
         if spec.axis == 0:
             return self.read_rows(part, first, last)
-        return self._files.read(part, (part.spec.shape[0], last - first), 0, first)
+        return self.folder.reader.read(part, (part.spec.shape[0], last - first), 0, first)
 
     def read_bytes(self, part: StoredPart, begin: int, end: int) -> torch.Tensor:
         """Bytes begin:end of a stored tensor that is no view, as uint8."""
-        return self._files.read_part(part, begin, end)
+        return self.folder.reader.read_part(part, begin, end)
 
     @contextlib.contextmanager
     def reading(
@@ -233,7 +165,7 @@ class Checkpoint:
             share = windows_of(len(files), windows)
             aheads = {
                 file: stack.enter_context(
-                    self._files.reading(file, self.facts[file].nbytes, *share)
+                    self.folder.reader.reading(file, self.facts[file].nbytes, *share)
                 )
                 for file in files
             }
@@ -241,18 +173,10 @@ class Checkpoint:
             def finish() -> dict[str, Digest]:
                 read = {file: ahead.finish() for file, ahead in aheads.items()}
                 for file in files:
-                    self._require_unchanged(file)
+                    self.folder.require_unchanged(file, self.facts[file], read[file])
                 return read
 
             yield finish
-
-    def _require_unchanged(self, file: str) -> None:
-        """Raise CheckpointError when a file is not the one that was opened."""
-        if file_facts(self.path / file) != self.facts[file]:
-            raise CheckpointError(
-                f"{self.path / file}: changed while being read; keep the source as it is, and "
-                "start over"
-            )
 
     def read_tile(self, weight: StoredWeight, start: int, stop: int) -> dict[str, torch.Tensor]:
         """The stored parts of rows start:stop of a matrix."""
@@ -301,107 +225,6 @@ class Checkpoint:
         if weight is None:
             raise CheckpointError(f"{self.path}: has no tensor {name}")
         return self.decode_rows(weight, 0, weight.shape[0] if weight.shape else 1, device)
-
-    def pair_parts(self, tensors: Mapping[str, StoredPart]) -> dict[str, StoredWeight]:
-        """Group stored tensors of this folder into weights and find what each is stored in."""
-        modules: dict[str, dict[str, StoredPart]] = {}
-        for name, tensor in tensors.items():
-            parsed = TensorName.parse(name)
-            parts = modules.setdefault(parsed.weight, {})
-            if parsed.part in parts:
-                raise CheckpointError(
-                    f"{self.path}: {parts[parsed.part].name!r} and {name!r} are one name"
-                )
-            parts[parsed.part] = tensor
-        weights: dict[str, StoredWeight] = {}
-        detected: _Detected = {}
-        for name, parts in modules.items():
-            for weight in self._stored_weights(name, parts, detected):
-                weights[weight.name] = weight
-        return weights
-
-    def _stored_weights(
-        self, name: str, parts: dict[str, StoredPart], detected: _Detected
-    ) -> Iterator[StoredWeight]:
-        """The weight of these parts; several where parts turn out to be tensors of their own.
-
-        `detected` remembers the formats found so far: ten thousands of experts are alike.
-        """
-        activations = {p: t for p, t in parts.items() if p in ACTIVATION_PARTS}
-        encoded = {p: t for p, t in parts.items() if p not in ACTIVATION_PARTS}
-        if not _is_encoded(encoded):
-            for part in parts.values():
-                yield self._plain_tensor(part, alone=len(parts) == 1)
-            return
-        module = name.removesuffix(".weight")
-        try:
-            config = narrow(self.quantization_config or {}, module)
-            specs = {p: t.spec for p, t in encoded.items()}
-            groups = config.get("config_groups")
-            key = tuple(groups) if isinstance(groups, dict) else (), tuple(specs.items())
-            if key not in detected:
-                detected[key] = detect_format(specs, config)
-            codec = self.told(detected[key], encoded)
-            shape = codec.shape(specs)
-        except FormatError as error:
-            raise FormatError(f"{self.path}: {name}: {error}") from error
-        role = role_of(name, shape, self.config)
-        yield StoredWeight(name, role, shape, codec, encoded, activations)
-
-    def told(self, codec: Codec, parts: Mapping[str, StoredPart]) -> Codec:
-        """A detected codec, completed by the content of the small parts that it asks for."""
-        if not codec.needs_content:
-            return codec
-        return codec.with_content(
-            {part: self._content(parts[part]) for part in codec.needs_content}
-        )
-
-    def _content(self, part: StoredPart) -> bytes:
-        """All bytes of a small part."""
-        if part.spec.nbytes > MAX_CONTENT_BYTES:
-            raise FormatError(
-                f"{part.name} has {part.spec.nbytes} bytes, at most {MAX_CONTENT_BYTES} make sense"
-            )
-        return bytes(self.read_bytes(part, 0, part.spec.nbytes))
-
-    def _plain_tensor(self, part: StoredPart, alone: bool) -> StoredWeight:
-        """A tensor that is no matrix. Raises FormatError for what is a piece of a weight."""
-        last = TensorName.parse(part.name).part
-        dtype, shape = part.spec.dtype, part.spec.shape
-        if last in PART_NAMES and last not in ("weight", "scale") or not alone:
-            raise FormatError(
-                f"{self.path}: {part.name} lies alone, the rest of its weight is in no file of "
-                "the checkpoint; download the missing file"
-            )
-        if (
-            DTYPE_BITS[dtype] <= 8
-            and dtype.startswith("F")
-            or (self.quantization_config is not None and dtype in ("U8", "I8") and len(shape) > 1)
-        ):
-            raise FormatError(
-                f"{self.path}: {part.name} is {dtype} {list(shape)}: quantized, but in no "
-                "format that `requant formats` reads; copying it would lose its meaning"
-            )
-        role = role_of(part.name, shape, self.config)
-        return StoredWeight(part.name, role, shape, None, {last: part})
-
-    @cached_property
-    def _files(self) -> Files:
-        return Files(self.path)
-
-
-def _is_encoded(parts: Mapping[str, StoredPart]) -> bool:
-    """Whether parts make up a matrix that a format may read: several, or one that is 2-D."""
-    if len(parts) != 1:
-        return bool(parts)
-    (part,) = parts
-    spec = parts[part].spec
-    return (
-        part == "weight"
-        and len(spec.shape) == 2
-        and spec.dtype not in _NEVER_CODES
-        and (0 not in spec.shape)
-    )
 
 
 def iter_tiles(rows: int, cols: int, alignment: int, elements: int) -> Iterator[tuple[int, int]]:

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 import torch
 
-from requant.convert.plan import PlannedWeight
-from requant.convert.source import Checkpoint, StoredWeight, iter_tiles
+from requant.convert.forms import PlannedWeight
+from requant.convert.source import Checkpoint, iter_tiles
+from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec
 

@@ -1,20 +1,18 @@
-"""A checkpoint's tensors by kind, and which parallelism they allow.
-
-Ten thousands of tensors are of some thirty kinds, alike but for the numbers in their names: what
-can be said of a kind is worked out once.
-"""
+"""How each kind of tensors of a checkpoint can be cut, and which parallelism they allow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from requant.convert.cut_rules import REPLICABLE, WHOLE, Demand, Rule, helpful_formats, rule_of
 from requant.convert.names import Role, in_tower, is_index
 from requant.convert.parallel import Parallel
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import Kind, StoredWeight
 from requant.errors import FormatError
 
 #: Numbers of ranks that are tried for those that are legal.
@@ -24,8 +22,8 @@ _SHOWN = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
-    """Tensors of one name but for its numbers, in one shape and format.
+class Cut:
+    """How tensors of one name but for its numbers, in one shape and format, are cut.
 
     `pattern` is the name with `*` for numbers. `demand` is None where nothing is cut. `routed`
     tells tensors of routed experts, `tower` those outside of the language model.
@@ -48,7 +46,7 @@ class Item(NamedTuple):
     """A weight, with the numbers in its name; `prefix` is that of its layer's experts."""
 
     weight: StoredWeight
-    kind: Kind
+    cut: Cut
     layer: int | None
     prefix: str | None
     expert: int | None
@@ -70,22 +68,20 @@ class Survey:
     def of(
         cls, checkpoint: Checkpoint, redundant: int = 0, kept: frozenset[Role] = frozenset()
     ) -> Survey:
-        """Sort the tensors into kinds."""
-        kinds: dict[tuple[Any, ...], Kind] = {}
-        items = tuple(_items(checkpoint, kept, kinds))
-        return cls(checkpoint, items, redundant, kept)
+        """Find out how each kind of tensors is cut."""
+        return cls(checkpoint, tuple(_items(checkpoint, kept)), redundant, kept)
 
     @cached_property
-    def demands(self) -> tuple[Kind, ...]:
-        """The kinds that are cut, in source order."""
-        return tuple(k for k in dict.fromkeys(item.kind for item in self.items) if k.demand)
+    def demands(self) -> tuple[Cut, ...]:
+        """Of what is cut, in source order."""
+        return tuple(cut for cut in dict.fromkeys(item.cut for item in self.items) if cut.demand)
 
     @cached_property
     def experts(self) -> dict[str, int]:
         """The number of routed experts, by prefix. Raises FormatError where one is missing."""
         numbers: dict[str, set[int]] = {}
         for item in self.items:
-            if item.kind.routed and item.prefix is not None and item.expert is not None:
+            if item.cut.routed and item.prefix is not None and item.expert is not None:
                 numbers.setdefault(item.prefix, set()).add(item.expert)
         for prefix, found in numbers.items():
             if len(found) != max(found) + 1:
@@ -98,12 +94,12 @@ class Survey:
     @cached_property
     def layers(self) -> list[int]:
         """The numbers of the main model's layers, ascending."""
-        main = (i for i in self.items if i.weight.role != "mtp" and not i.kind.tower)
+        main = (i for i in self.items if i.weight.role != "mtp" and not i.cut.tower)
         return sorted({item.layer for item in main if item.layer is not None})
 
     def refused(self, parallel: Parallel) -> list[tuple[Demand, int]]:
         """The cuts that are not legal, and how many ways each would be."""
-        asked = [(k.demand, k.ways(parallel)) for k in self.demands if k.demand is not None]
+        asked = [(c.demand, c.ways(parallel)) for c in self.demands if c.demand is not None]
         return [(demand, ways) for demand, ways in asked if not demand.allows(ways)]
 
     def fits(self, parallel: Parallel) -> bool:
@@ -186,38 +182,37 @@ class Survey:
         return f"For {parallel.ranks} ranks: {'; or '.join(ways)}"
 
 
-def _items(
-    checkpoint: Checkpoint, kept: frozenset[Role], kinds: dict[tuple[Any, ...], Kind]
-) -> Iterator[Item]:
+def _items(checkpoint: Checkpoint, kept: frozenset[Role]) -> Iterator[Item]:
+    cuts: dict[Kind, Cut] = {}
+    alike: dict[tuple[Any, ...], Cut] = {}
+    for kind, weights in checkpoint.kinds.items():
+        pattern = ".".join("*" if is_index(c) else c for c in kind.name.split("."))
+        key = kind.name, kind.shape, kind.codec, len(weights[0].activations)
+        if key not in alike:
+            alike[key] = _cut(checkpoint, weights[0], pattern, kept)
+        cuts[kind] = alike[key]
     for name, weight in checkpoint.weights.items():
+        cut = cuts[weight.alike]
         components = name.split(".")
-        pattern = ".".join("*" if is_index(c) else c for c in components)
-        key = pattern, weight.shape, weight.codec, len(weight.activations)
-        if key not in kinds:
-            kinds[key] = _kind(checkpoint, weight, pattern, kept)
-        kind = kinds[key]
-        layer = None if kind.layer_at is None else int(components[kind.layer_at])
-        if kind.expert_at is None:
-            yield Item(weight, kind, layer, None, None)
+        layer = None if cut.layer_at is None else int(components[cut.layer_at])
+        if cut.expert_at is None:
+            yield Item(weight, cut, layer, None, None)
         else:
-            prefix = ".".join(components[: kind.expert_at])
-            yield Item(weight, kind, layer, prefix, int(components[kind.expert_at]))
+            prefix = ".".join(components[: cut.expert_at])
+            yield Item(weight, cut, layer, prefix, int(components[cut.expert_at]))
 
 
-def _kind(
-    checkpoint: Checkpoint, weight: StoredWeight, pattern: str, kept: frozenset[Role]
-) -> Kind:
+def _cut(checkpoint: Checkpoint, weight: StoredWeight, pattern: str, kept: frozenset[Role]) -> Cut:
     rule = rule_of(weight, checkpoint.weights)
     rule = WHOLE if rule.role in kept else rule
     demand = None if rule.axis is None else Demand.of(weight, rule, checkpoint.config)
     tower = in_tower(weight.name)
-    components = pattern.split(".")
-    numbered = [(c, i + 1) for i, c in enumerate(components[:-1]) if components[i + 1] == "*"]
+    numbered = [
+        (c, i + 1) for i, (c, n) in enumerate(pairwise(weight.name.split("."))) if is_index(n)
+    ]
     places = dict(reversed(numbered))  # the first of each, as TensorName has it
     expert_at = None if tower else places.get("experts")
-    return Kind(
-        pattern, rule, demand, expert_at is not None, tower, places.get("layers"), expert_at
-    )
+    return Cut(pattern, rule, demand, expert_at is not None, tower, places.get("layers"), expert_at)
 
 
 def _of_size(like: Parallel, size: int, moe: bool) -> Parallel | None:

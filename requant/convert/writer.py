@@ -16,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -257,7 +257,11 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> Digest:
     """Write a JSON file under a temporary name, then rename it."""
-    data = json_bytes(value)
+    return write_bytes(path, json_bytes(value))
+
+
+def write_bytes(path: Path, data: bytes) -> Digest:
+    """Write a small file under a temporary name, then rename it."""
     return _write_chunks(path, len(data), [data])
 
 
@@ -288,15 +292,19 @@ def side_files(source: Path) -> list[str]:
         for name in sorted(files):
             path = Path(folder, name)
             relative = path.relative_to(source)
-            if name.startswith(".") or path.suffix in _WEIGHT_SUFFIXES:
+            if not is_side_file(name) or name.endswith((".index.json", PARTIAL_SUFFIX)):
                 continue
-            if name.endswith(".index.json") or str(relative) in _DESCRIPTIONS:
-                continue
-            if name.endswith(PARTIAL_SUFFIX):
+            if str(relative) in _DESCRIPTIONS:
                 continue
             _require_inside(path, source)
             found.append(str(relative))
     return found
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a repository is no weight in any container, and not hidden."""
+    path = PurePosixPath(name)
+    return path.suffix not in _WEIGHT_SUFFIXES and not any(p.startswith(".") for p in path.parts)
 
 
 def copy_side_files(source: Path, out: Path) -> dict[str, Digest]:

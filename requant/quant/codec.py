@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,7 @@ class TensorSpec:
     axis: int = 0
     cols: int | None = 1
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from requant.errors import FormatError
@@ -90,24 +90,59 @@ def groups_config(
 
 
 def narrow(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """The config with the group that targets `module` as its only one; as it is for one group.
+    """The config with the group that targets `module` as its only one; as it is for one group."""
+    groups = Groups(config)
+    return groups.only(groups.target(module))
+
+
+class Groups:
+    """The groups of a config, and which of them targets a module.
 
     Exact names count before patterns and patterns before class names, as in compressed-tensors.
-    A module that no group targets keeps all of them: its parts decide.
     """
-    groups = config.get("config_groups")
-    if config.get("quant_method") != QUANT_METHOD or not isinstance(groups, dict):
-        return config
-    if len(groups) < 2:
-        return config
-    best: tuple[int, str] | None = None
-    for name, group in groups.items():
-        rank = max((_rank(t, module) for t in _targets(group)), default=0)
-        if rank and (best is None or rank > best[0]):
-            best = rank, name
-    if best is None:
-        return config
-    return {**config, "config_groups": {best[1]: groups[best[1]]}}
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        groups = config.get("config_groups")
+        ours = config.get("quant_method") == QUANT_METHOD
+        several = ours and isinstance(groups, dict) and len(groups) > 1
+        self._groups: Mapping[str, Any] = config["config_groups"] if several else {}
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return bool(self._groups)
+
+    def target(self, module: str) -> str | None:
+        """The name of the group that targets a module; None for none, or where there is but one.
+
+        Raises FormatError for a pattern that can take for ever to match.
+        """
+        if not self._groups:
+            return None
+        exact, patterns, otherwise = self._targets
+        if module in exact:
+            return exact[module]
+        return next((name for pattern, name in patterns if pattern.match(module)), otherwise)
+
+    def only(self, name: str | None) -> Mapping[str, Any]:
+        """The config with this group as its only one. Of None as it is: with the one group there
+        is, or with all, of which the weight's parts decide."""
+        if name is None:
+            return self._config
+        return {**self._config, "config_groups": {name: self._groups[name]}}
+
+    @cached_property
+    def _targets(self) -> tuple[dict[str, str], list[tuple[re.Pattern[str], str]], str | None]:
+        """Of exact names, patterns, and all Linears: the first group that targets them."""
+        exact: dict[str, str] = {}
+        patterns: list[tuple[re.Pattern[str], str]] = []
+        for name, group in self._groups.items():
+            for target in _texts(group):
+                exact.setdefault(target, name)
+                if target.startswith("re:") and (pattern := _pattern(target[3:])) is not None:
+                    patterns.append((pattern, name))
+        return exact, patterns, exact.get("Linear")
 
 
 def stored_scheme(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -130,19 +165,9 @@ def stored_weights(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return weights if isinstance(weights, dict) else {}
 
 
-def _targets(group: Any) -> list[str]:
+def _texts(group: Any) -> list[str]:
     targets = group.get("targets") if isinstance(group, dict) else None
     return [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
-
-
-def _rank(target: str, module: str) -> int:
-    """How closely a target names a module: 3 exactly, 2 by a pattern, 1 by class, 0 not at all."""
-    if target == module:
-        return 3
-    if target.startswith("re:"):
-        pattern = _pattern(target[3:])
-        return 2 if pattern is not None and pattern.match(module) else 0
-    return 1 if target == "Linear" else 0
 
 
 @lru_cache(maxsize=4096)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from requant.convert.folder import Folder
 from requant.convert.source import Checkpoint
 from requant.runner.generate import generate
 from requant.runner.model import Model
@@ -16,7 +17,7 @@ from requant.runner.tokenizer import load_tokenizer
 
 
 def complete(
-    path: Path,
+    where: Path | Folder,
     prompt: str,
     *,
     max_tokens: int,
@@ -28,10 +29,10 @@ def complete(
 
     Stops at the config's eos_token_id. Raises CheckpointError for a folder that cannot be run.
     """
-    checkpoint = Checkpoint.open(path)
-    tokenizer = load_tokenizer(path)
+    checkpoint = Checkpoint.open(where)
+    tokenizer = load_tokenizer(checkpoint.path)
     model = Model(checkpoint, device)
-    ids = _with_bos(path, checkpoint.config, tokenizer.encode(prompt).ids)
+    ids = _with_bos(checkpoint.path, checkpoint.config, tokenizer.encode(prompt).ids)
     eos = checkpoint.config.get("eos_token_id")
     stop = eos if isinstance(eos, list) else [] if eos is None else [eos]
     started = time.monotonic()
@@ -40,7 +41,7 @@ def complete(
     # Decoded together, so that a character split over two tokens survives.
     whole, given = tokenizer.decode(ids + new), tokenizer.decode(ids)
     return {
-        "model": str(path),
+        "model": checkpoint.folder.label,
         "prompt": prompt,
         "text": whole[len(given) :],
         "prompt_tokens": len(ids),

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from requant.convert.budget import MAX_WORKERS, needed_bytes
-from requant.convert.plan import Plan, PlannedWeight
+from requant.convert.forms import PlannedWeight
+from requant.convert.plan import Plan
 from requant.convert.readahead import WINDOWS
 from requant.convert.steps import Steps
 from requant.convert.writer import json_bytes, side_files

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from requant.convert.forms import PlannedWeight
 from requant.convert.names import Role
 from requant.convert.parallel import Parallel, usual
-from requant.convert.plan import PlannedWeight, make_plan
+from requant.convert.plan import make_plan
 from requant.convert.ranks import pieces_of
 from requant.convert.recipe import Recipe
 from requant.convert.shard import as_written
 from requant.convert.source import Checkpoint
-from requant.convert.survey import Item, Kind, Survey
+from requant.convert.survey import Cut, Item, Survey
 from requant.errors import FormatError
 from requant.quant import Codec
 
@@ -66,11 +67,11 @@ class Inventory:
     ) -> Inventory:
         """Count, with so many of the first and of the last layers of each role apart."""
         ends = _ends(survey.items, edges) if edges else {}
-        stacked: dict[tuple[Kind, Role, bool, Codec | None], list[Item]] = {}
+        stacked: dict[tuple[Cut, Role, bool, Codec | None], list[Item]] = {}
         for item in survey.items:
             role, name = item.weight.role, item.weight.name
             edge = item.layer in ends.get((role, item.weight.kind), ())
-            stacked.setdefault((item.kind, role, edge, written.get(name)), []).append(item)
+            stacked.setdefault((item.cut, role, edge, written.get(name)), []).append(item)
         stacks = (
             Stack(items[0], len(items), edge, _modules(items) if edge else ())
             for (_, _, edge, _), items in stacked.items()
@@ -155,5 +156,5 @@ def _ends(items: Iterable[Item], edges: int) -> dict[tuple[Role, Role], frozense
 
 def _modules(items: list[Item]) -> tuple[str, ...]:
     """Patterns that match exactly these weights: of experts, those of a layer at once."""
-    names = (f"{i.prefix}.*" if i.kind.routed else i.weight.module for i in items)
+    names = (f"{i.prefix}.*" if i.cut.routed else i.weight.module for i in items)
     return tuple(dict.fromkeys(names))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from requant.convert.folder import Folder, folder_at
 from requant.convert.names import TensorName
 from requant.convert.processes import Team
 from requant.convert.rank_folders import (
@@ -74,8 +75,8 @@ class Held:
 
 
 def verify(
-    source: Path,
-    output: Path,
+    source: Path | Folder,
+    output: Path | Folder,
     *,
     device: torch.device | str = "cpu",
     max_kl: float | None = None,
@@ -95,15 +96,18 @@ def verify(
     """
     started = time.monotonic()
     team = team or Team()
+    converted = folder_at(output)
     original = team.each(lambda: Checkpoint.open(source))
     model = team.each(lambda: Model(original, device, CACHE_BYTES))
     words = heldout_text() if text is None else text
     positions = model.config.max_position_embeddings
-    ids = team.each(lambda: token_sequences(load_tokenizer(source), words, tokens, positions))
-    structure, problems, form = team.first(lambda: _structure(original, output))
+    ids = team.each(
+        lambda: token_sequences(load_tokenizer(original.path), words, tokens, positions)
+    )
+    structure, problems, form = team.first(lambda: _structure(original, converted))
     found = Measurements()
     if structure is not None:
-        held = _held(output, team)
+        held = _held(converted, team)
         other, reasons = _output_model(held, structure, device, team)
         problems = [*problems, *reasons]
         found = _measure(model, other, original, held, structure, ids, progress, team)
@@ -113,8 +117,8 @@ def verify(
     return team.first(
         lambda: {
             "ok": not problems and found.sums is not None,
-            "source": str(source),
-            "output": str(output),
+            "source": original.folder.label,
+            "output": converted.label,
             "format": form,
             **numbers(found, limit),
             "ranks": rank_reports(found.checks),
@@ -126,14 +130,14 @@ def verify(
 
 
 def _structure(
-    original: Checkpoint, output: Path
+    original: Checkpoint, output: Folder
 ) -> tuple[Structure | None, list[str], str | None]:
     """What the output's headers tell, its problems, and its formats; None if it cannot be opened.
 
     Of ranks, the headers of all: whether their pieces make up the whole.
     """
-    if not output.is_dir():
-        raise CheckpointError(f"{output}: no such folder; give the converted checkpoint")
+    if not output.path.is_dir():
+        raise CheckpointError(f"{output.label}: no such folder; give the converted checkpoint")
     try:
         converted = Checkpoint.open(output)
     except RequantError as error:
@@ -143,7 +147,7 @@ def _structure(
     return structure, list(structure.problems), form
 
 
-def _held(output: Path, team: Team) -> Held:
+def _held(output: Folder, team: Team) -> Held:
     """What this process has of the output. Raises CheckpointError in every process."""
     if team.size == 1:
         return Held(Checkpoint.open(output))
@@ -153,7 +157,7 @@ def _held(output: Path, team: Team) -> Held:
         count = 1 if layout is None else len(layout.folders)
         if layout is None or count != team.size:
             raise CheckpointError(
-                f"{output}: {team.size} processes were started for a checkpoint of {count} "
+                f"{output.label}: {team.size} processes were started for a checkpoint of {count} "
                 f"rank{'s' if count > 1 else ''}; start one for each"
             )
         return layout

@@ -14,7 +14,8 @@ import torch
 
 from requant.convert.fused import StoredPart
 from requant.convert.rank_folders import WHOLE, Span
-from requant.convert.source import Checkpoint, StoredWeight, iter_tiles
+from requant.convert.source import Checkpoint, iter_tiles
+from requant.convert.weights import StoredWeight
 from requant.quant.cutting import cut_rows, plan_cut
 
 #: Elements of each side decoded at a time: 8 MiB in float32.

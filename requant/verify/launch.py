@@ -18,11 +18,6 @@ GRACE_SECONDS = 10.0
 LOOK_SECONDS = 0.05
 
 
-def launched() -> bool:
-    """Whether a launcher such as torchrun or `accelerate launch` started this process."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
-
-
 def ranks_in(output: Path) -> int:
     """How many ranks a folder was cut into; 1 where it was not, or cannot be read, which `verify`
     then tells."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from requant.convert.names import LINEAR_ROLES
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.errors import CheckpointError
 from requant.quant import format_name
 from requant.quant.plain import Plain

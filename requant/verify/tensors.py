@@ -10,7 +10,8 @@ import torch
 
 from requant.convert.names import TensorName
 from requant.convert.rank_folders import WHOLE, Span
-from requant.convert.source import Checkpoint, StoredWeight
+from requant.convert.source import Checkpoint
+from requant.convert.weights import StoredWeight
 from requant.quant import CODECS, Codec
 from requant.quant.plain import Plain
 from requant.verify.difference import Counts, Difference, count, measure, same_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from requant.convert import header
 from requant.convert.header import layout, read_exactly, read_header
 from requant.errors import CheckpointError
 from requant.quant.codec import DTYPE_BITS, TORCH_DTYPES, TensorSpec
@@ -273,3 +275,54 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     for path in paths:
         with pytest.raises(CheckpointError, match="cannot read it"):
             read_header(path)
+
+
+def test_a_usual_header_is_read_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all serializers write is matched in one pass. Damaged in any place, it is read, or
+    refused, as if it were not."""
+    specs = {
+        "a.0": TensorSpec("BF16", (2, 4)),
+        "b": TensorSpec("F32", ()),
+        "c": TensorSpec("U8", (0,)),
+    }
+    text = layout(specs)[0][8:].rstrip()
+    rng = random.Random(0)
+    edits = [
+        b"",
+        b",",
+        b"}",
+        b"{",
+        b'"',
+        b"0",
+        b"1",
+        b"-",
+        b" ",
+        b"[",
+        b"\\",
+        b"\xff",
+        b"\n",
+        b".5",
+    ]
+    texts = [text, text.replace(b'"c"', b'"b"'), text.replace(b'"c"', b'"__metadata__"')]
+    texts += [
+        text.replace(b'{"format":"pt"}', v) for v in (b"null", b"[]", b'{"x":1}', b"{}", b"0")
+    ]
+    texts += [text.replace(b'"__metadata__":{"format":"pt"},', v) for v in (b"", b",", b'"z":{},')]
+    for _ in range(1500):
+        at = rng.randrange(len(text))
+        texts.append(text[:at] + rng.choice(edits) + text[at + rng.randrange(2) :])
+    outcomes: list[list[object]] = [[], []]
+    path = tmp_path / "model.safetensors"
+    for outcome, usual in zip(outcomes, (True, False), strict=True):
+        if not usual:
+            monkeypatch.setattr(header, "_ENTRY", re.compile("(?!)"))
+        for changed in texts:
+            path.write_bytes(raw(changed, bytes(20)))
+            try:
+                outcome.append(read_header(path))
+            except CheckpointError as error:
+                outcome.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert 10 < sum(isinstance(found, dict) for found in outcomes[0]) < 1000

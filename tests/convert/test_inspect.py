@@ -1,152 +1,22 @@
-"""What `inspect` counts, on hand-computed checkpoints and on DeepSeek-V3's real shapes."""
+"""What `inspect` counts on hand-computed checkpoints, and how it looks."""
 
 from __future__ import annotations
 
-import functools
 import io
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from requant.convert.folder import INDEX_NAME, SINGLE_NAME
-from requant.convert.header import layout
-from requant.convert.inspect import inspect, render
-from requant.convert.names import TensorName
+from requant.convert.inspect import inspect
+from requant.convert.inspect_table import render
 from requant.convert.source import Checkpoint
 from requant.quant import parse_format
 from requant.quant.codec import TensorSpec
-
-V3_CONFIG: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "num_hidden_layers": 61,
-    "num_nextn_predict_layers": 1,
-    "num_experts_per_tok": 8,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "hidden_size": 7168,
-    "max_position_embeddings": 163840,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
-
-
-def write_headers(
-    folder: Path, config: dict[str, Any], files: dict[str, dict[str, TensorSpec]]
-) -> Checkpoint:
-    """Write a checkpoint whose files are headers and holes: no data, the true sizes."""
-    folder.mkdir(exist_ok=True)
-    for name, specs in files.items():
-        header, ranges = layout(specs)
-        with (folder / name).open("wb") as file:
-            file.write(header)
-            file.truncate(max(end for _, end in ranges.values()))
-    (folder / "config.json").write_text(json.dumps(config))
-    if list(files) != [SINGLE_NAME]:
-        places = {tensor: name for name, specs in files.items() for tensor in specs}
-        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": places}))
-    return Checkpoint.open(folder)
-
-
-def parts(format_text: str, name: str, rows: int, cols: int) -> dict[str, TensorSpec]:
-    module = TensorName.parse(name).module
-    return {f"{module}.{part}": spec for part, spec in encoded(format_text, rows, cols).items()}
-
-
-@functools.cache
-def encoded(format_text: str, rows: int, cols: int) -> dict[str, TensorSpec]:
-    return parse_format(format_text).specs(rows, cols)
-
-
-def plain(*shape: int, dtype: str = "BF16") -> TensorSpec:
-    return TensorSpec(dtype, shape)
-
-
-def mlp(prefix: str, inner: int) -> dict[str, TensorSpec]:
-    return {
-        **parts("fp8-block", f"{prefix}.gate_proj.weight", inner, 7168),
-        **parts("fp8-block", f"{prefix}.up_proj.weight", inner, 7168),
-        **parts("fp8-block", f"{prefix}.down_proj.weight", 7168, inner),
-    }
-
-
-def v3_layer(layer: int) -> dict[str, TensorSpec]:
-    """One layer of DeepSeek-V3 as published: 0-2 dense, 3-60 MoE, 61 MTP."""
-    base = f"model.layers.{layer}"
-    attention = f"{base}.self_attn"
-    specs = {
-        f"{base}.input_layernorm.weight": plain(7168),
-        f"{base}.post_attention_layernorm.weight": plain(7168),
-        f"{attention}.q_a_layernorm.weight": plain(1536),
-        f"{attention}.kv_a_layernorm.weight": plain(512),
-        **parts("fp8-block", f"{attention}.q_a_proj.weight", 1536, 7168),
-        **parts("fp8-block", f"{attention}.q_b_proj.weight", 24576, 1536),
-        **parts("fp8-block", f"{attention}.kv_a_proj_with_mqa.weight", 576, 7168),
-        **parts("fp8-block", f"{attention}.kv_b_proj.weight", 32768, 512),
-        **parts("fp8-block", f"{attention}.o_proj.weight", 7168, 16384),
-    }
-    if layer < 3:
-        return {**specs, **mlp(f"{base}.mlp", 18432)}
-    specs[f"{base}.mlp.gate.weight"] = plain(256, 7168)
-    specs[f"{base}.mlp.gate.e_score_correction_bias"] = plain(256, dtype="F32")
-    specs |= mlp(f"{base}.mlp.shared_experts", 2048)
-    for expert in range(256):
-        specs |= mlp(f"{base}.mlp.experts.{expert}", 2048)
-    if layer == 61:
-        specs[f"{base}.embed_tokens.weight"] = plain(129280, 7168)
-        specs[f"{base}.shared_head.head.weight"] = plain(129280, 7168)
-        specs[f"{base}.eh_proj.weight"] = plain(7168, 14336)
-        for norm in ("enorm", "hnorm", "shared_head.norm"):
-            specs[f"{base}.{norm}.weight"] = plain(7168)
-    return specs
-
-
-@pytest.fixture(scope="module")
-def v3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    files = {f"model-{layer:05}.safetensors": v3_layer(layer) for layer in range(62)}
-    files["model-00062.safetensors"] = {
-        "model.embed_tokens.weight": plain(129280, 7168),
-        "model.norm.weight": plain(7168),
-        "lm_head.weight": plain(129280, 7168),
-    }
-    return write_headers(tmp_path_factory.mktemp("v3"), V3_CONFIG, files)
-
-
-@pytest.fixture(scope="module")
-def v3_facts(v3: Checkpoint) -> dict[str, Any]:
-    return inspect(v3)
-
-
-def test_deepseek_v3_has_the_published_numbers(v3_facts: dict[str, Any]) -> None:
-    facts = v3_facts
-    # README_WEIGHTS.md of deepseek-ai/DeepSeek-V3: 671B, 36.7B active; Hugging Face counts 685B
-    # with the MTP layer (11.5B of its own and copies of the embedding and the head).
-    assert facts["parameters"] == pytest.approx(671e9, rel=0.001)
-    assert facts["active_parameters"] == pytest.approx(36.7e9, rel=0.01)
-    embedding = 129280 * 7168
-    assert facts["mtp_parameters"] - 2 * embedding == pytest.approx(11.5e9, rel=0.01)
-    assert facts["kv_cache_bytes_per_token"] == 70_272
-    assert facts["total_bytes"] == pytest.approx(688.6e9, rel=0.001)
-    assert (facts["layers"], facts["experts"], facts["context_length"]) == (61, 256, 163840)
-    assert facts["quantization"] == "fp8"
-    assert facts["files"] == 63
-    assert facts["roles"]["routed_expert"]["tensors"] == 58 * 256 * 3
-    assert list(facts["roles"]["routed_expert"]["formats"]) == ["fp8-block"]
-    assert facts["roles"]["router_bias"]["formats"] == {
-        "fp32": {"tensors": 58, "bytes": 58 * 256 * 4}
-    }
-
-
-def test_counts_agree_with_each_other(v3: Checkpoint, v3_facts: dict[str, Any]) -> None:
-    facts = v3_facts
-    for table in (facts["formats"], facts["roles"]):
-        assert sum(row["bytes"] for row in table.values()) == facts["total_bytes"]
-        assert sum(row["tensors"] for row in table.values()) == len(v3.weights)
-    for role in facts["roles"].values():
-        assert sum(row["bytes"] for row in role["formats"].values()) == role["bytes"]
+from tests.convert.published_models import write_published
+from tests.convert.sparse import linear, plain, write_sparse
 
 
 def test_a_dense_model_with_tied_embeddings_is_all_active(tmp_path: Path) -> None:
@@ -162,10 +32,11 @@ def test_a_dense_model_with_tied_embeddings_is_all_active(tmp_path: Path) -> Non
         "model.norm.weight": plain(64),
         "model.layers.0.self_attn.q_proj.weight": plain(64, 64),
     }
-    facts = inspect(write_headers(tmp_path, config, {SINGLE_NAME: specs}))
+    facts = inspect(write_sparse(tmp_path / "model", config, specs))
     assert facts["parameters"] == 100 * 64 + 64 + 64 * 64
     assert facts["active_parameters"] == facts["parameters"]
     assert facts["kv_cache_bytes_per_token"] == 2 * 2 * 16 * 1 * 2
+    assert "compare: MLA 144 B (1.1x), MHA 256 B (2.0x)" in rendered(facts)  # eight is too many
     assert facts["formats"] == {"bf16": {"tensors": 3, "bytes": 2 * facts["parameters"]}}
     assert (facts["experts"], facts["mtp_parameters"]) == (0, 0)
     assert facts["quantization"] is None
@@ -179,9 +50,9 @@ def test_int4_counts_logical_elements_and_all_bytes(tmp_path: Path) -> None:
     }
     specs: dict[str, TensorSpec] = {"lm_head.weight": plain(10, 64)}
     for expert in range(4):
-        name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight"
-        specs |= parts("int4[group_size=32]", name, 96, 64)
-    facts = inspect(write_headers(tmp_path, config, {SINGLE_NAME: specs}))
+        module = f"model.layers.0.mlp.experts.{expert}.up_proj"
+        specs |= linear(module, 96, 64, parse_format("int4[group_size=32]"))
+    facts = inspect(write_sparse(tmp_path / "model", config, specs))
     assert facts["parameters"] == 640 + 4 * 96 * 64
     assert facts["active_parameters"] == 640 + 96 * 64
     one = 96 * 64 // 2 + 96 * 2 * 2 + 16
@@ -191,24 +62,137 @@ def test_int4_counts_logical_elements_and_all_bytes(tmp_path: Path) -> None:
 
 def test_experts_without_a_top_k_leave_active_unknown(tmp_path: Path) -> None:
     specs = {"model.layers.0.mlp.experts.0.up_proj.weight": plain(8, 8)}
-    facts = inspect(write_headers(tmp_path, {"model_type": "other"}, {SINGLE_NAME: specs}))
+    facts = inspect(write_sparse(tmp_path / "model", {"model_type": "other"}, specs))
     assert facts["active_parameters"] is None
     assert "active unknown" in rendered(facts)
 
 
 def test_integer_tables_are_no_parameters(tmp_path: Path) -> None:
     specs = {"model.tid2eid": plain(9, 2, dtype="I64"), "model.norm.weight": plain(5)}
-    assert inspect(write_headers(tmp_path, {}, {SINGLE_NAME: specs}))["parameters"] == 5
+    assert inspect(write_sparse(tmp_path / "model", {}, specs))["parameters"] == 5
 
 
-def test_rendering_shows_every_role_and_the_totals(v3_facts: dict[str, Any]) -> None:
-    facts = v3_facts
-    text = rendered(facts)
-    assert "671.03 B, 36.63 B active per token, plus 13.46 B MTP" in text
-    assert "70272 bytes per token" in text
-    for role in facts["roles"]:
-        assert role in text
-    assert json.dumps(facts, allow_nan=False)
+def test_compute_counts_matrices_of_the_language_model(tmp_path: Path) -> None:
+    """Not the lookup, norms, biases, or what a picture goes through; of two experts, one."""
+    specs = {
+        "model.embed_tokens.weight": plain(100, 64),
+        "lm_head.weight": plain(100, 64),
+        "model.norm.weight": plain(64),
+        "model.layers.0.self_attn.q_proj.weight": plain(48, 64),
+        "model.layers.0.self_attn.q_proj.bias": plain(48),
+        "model.layers.0.mlp.experts.0.up_proj.weight": plain(32, 64),
+        "model.layers.0.mlp.experts.1.up_proj.weight": plain(32, 64),
+        "visual.blocks.0.mlp.up_proj.weight": plain(8, 8),
+    }
+    config = {"num_experts_per_tok": 1, "max_position_embeddings": 10, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 64}  # fmt: skip
+    facts = inspect(write_sparse(tmp_path / "model", config, specs))
+    matrices = 100 * 64 + 48 * 64 + 32 * 64
+    assert facts["flops_per_token"] == 2 * matrices
+    assert facts["flops_per_token_full_context"] == 2 * matrices + 10 * 4 * (16 + 16) * 2
+    assert facts["active_parameters"] == matrices + 64 + 64 + 48 + 64
+
+
+@pytest.mark.parametrize(
+    ("modules", "layers"),
+    [
+        (["model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj"], 2),
+        (["mtp.0.ffn.w1", "mtp.0.ffn.w2", "mtp.1.ffn.w1"], 2),
+        (["mtp.fc", "mtp.layers.0.mlp.up_proj"], 1),
+        (["mtp.fc", "mtp.proj"], 1),
+        (["model.layers.1.mlp.up_proj"], 0),
+    ],
+)
+def test_layers_of_mtp(modules: list[str], layers: int, tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 2}
+    specs = {f"{module}.weight": plain(8, 8) for module in modules}
+    facts = inspect(write_sparse(tmp_path / "model", config, specs))
+    assert facts["mtp_layers"] == layers
+    assert facts["mtp_parameters"] == (64 * len(modules) if layers else 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["tokenizer.json", "tokenizer.model"], ("tokenizers", "tokenizer.json")),
+        (["tiktoken.model"], ("tiktoken", "tiktoken.model")),
+        (["tokenizer.model"], ("sentencepiece", "tokenizer.model")),
+        (["tokenizer_config.json"], None),
+    ],
+)
+def test_tokenizer(files: list[str], found: tuple[str, str] | None, folder: Path) -> None:
+    for path in folder.glob("token*"):
+        path.unlink()
+    for name in files:
+        (folder / name).write_text("{}")
+    facts = inspect(Checkpoint.open(folder))
+    assert facts["tokenizer"] == (None if found is None else {"kind": found[0], "file": found[1]})
+    assert facts["vocabulary_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("readme", "text", "found"),
+    [
+        ("---\nlicense: mit\nlanguage:\n- en\n---\n# Model\n", "Apache", "mit"),
+        ('---\nlicense: other\nlicense_name: "modified-mit"\n---\n', None, "modified-mit"),
+        ("---\nlicense: other\n---\n", "\n  # MIT License\n\nCopyright", "MIT License"),
+        ("---\nlicense: other\n---\n", None, "other"),
+        ("---\nlicense: mit\n", None, None),  # never ends: no front matter
+        ("# Model\nlicense: mit\n---\n", "Apache License\n", "Apache License"),
+        (None, "MIT\x1b[31m License", "MIT [31m License"),
+        (None, "x" * 200, "x" * 100),
+        (None, None, None),
+    ],
+)
+def test_license(readme: str | None, text: str | None, found: str | None, folder: Path) -> None:
+    for name, content in (("README.md", readme), ("LICENSE", text)):
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / name).write_text(content)
+    assert inspect(Checkpoint.open(folder))["license"] == found
+
+
+def test_what_is_no_file_tells_no_license(folder: Path) -> None:
+    for name in ("README.md", "LICENSE"):
+        (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "README.md")
+    (folder / "LICENSE").mkdir()
+    assert inspect(Checkpoint.open(folder))["license"] is None
+
+
+def test_rendering(tmp_path: Path) -> None:
+    checkpoint = write_published(tmp_path / "model", "DeepSeek-V2-Lite")
+    lines = rendered(inspect(checkpoint)).splitlines()
+    assert (
+        [line.rstrip() for line in lines[1:]]
+        == """\
+model       deepseek_v2, 27 layers, 64 routed experts
+parameters  15.71 B, 2.45 B active per token
+compute     4.90 GFLOP per token, 50.20 GFLOP at the end of the context
+context     163840 tokens
+KV cache    31104 bytes per token in BF16, 5.10 GB for the whole context
+            compare: 8 KV heads 138.24 kB (4.4x), MHA 276.48 kB (8.9x)
+tokenizer   none in the folder, vocabulary of 102400
+license     unknown
+stored      31.41 GB in 4 files; config declares no quantization
+
+role           format  tensors       size  of all
+embedding      bf16          1  419.43 MB   1.3 %
+lm_head        bf16          1  419.43 MB   1.3 %
+norm           bf16         82  252.93 kB   0.0 %
+router         bf16         26    6.82 MB   0.0 %
+attention      bf16        108  743.18 MB   2.4 %
+dense_mlp      bf16          3  134.48 MB   0.4 %
+shared_expert  bf16         78  899.68 MB   2.9 %
+routed_expert  bf16       4992   28.79 GB  91.6 %""".splitlines()
+    )
+
+
+def test_rendering_what_is_not_known(tmp_path: Path) -> None:
+    specs = {"mtp.0.proj.weight": plain(8, 8), "mtp.1.proj.weight": plain(8, 8)}
+    text = rendered(inspect(write_sparse(tmp_path / "model", {}, specs)))
+    assert "parameters  0, 0 active per token, plus 128 MTP in 2 layers" in text
+    assert "context     unknown" in text and "KV cache    unknown" in text
 
 
 def rendered(facts: dict[str, Any]) -> str:

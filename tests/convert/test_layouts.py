@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import requant.convert.steps as steps
+from requant.convert.forms import PlannedWeight
 from requant.convert.inspect import inspect
 from requant.convert.names import fused_set
-from requant.convert.plan import Plan, PlannedWeight, make_plan
+from requant.convert.plan import Plan, make_plan
 from requant.convert.recipe import Recipe, default_recipe, load_recipe, parse_recipe
 from requant.convert.run import Runtime, convert
 from requant.convert.source import Checkpoint

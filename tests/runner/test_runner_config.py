@@ -12,49 +12,11 @@ from requant.errors import CheckpointError
 from requant.runner.attention import softmax_scale
 from requant.runner.config import ModelConfig, RopeConfig
 from requant.runner.rope import attention_factor, inverse_frequencies, rotate, rotation
+from tests.convert.published import published_config
 
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-
-#: https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/config.json, what the runner reads of it
-V3: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "rms_norm_eps": 1e-06,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": YARN,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "ep_size": 1,
-}
+#: https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/config.json
+V3 = published_config("DeepSeek-V3")
+YARN = V3["rope_scaling"]
 
 
 def test_old_and_new_form_read_the_same() -> None:
@@ -84,13 +46,10 @@ def test_no_query_rank(none: int | None) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [
-        key
-        for key in V3
-        if key
-        not in "num_nextn_predict_layers q_lora_rank n_shared_experts "
-        "scoring_func topk_method rope_scaling hidden_act torch_dtype ep_size model_type".split()
-    ],
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
+    "num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+    "n_routed_experts num_experts_per_tok n_group topk_group norm_topk_prob "
+    "routed_scaling_factor rms_norm_eps max_position_embeddings rope_theta".split(),
 )
 def test_required_key_is_named(key: str) -> None:
     with pytest.raises(CheckpointError, match=f"config.json: has no {key}"):
