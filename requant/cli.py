@@ -19,6 +19,7 @@ import typer
 
 from requant import __version__
 from requant.errors import RequantError, ToldError
+from requant.judging import judge, judge_checksums, verify_sides
 from requant.options import (
     Cutting,
     Device,
@@ -26,21 +27,17 @@ from requant.options import (
     Out,
     Pushing,
     Running,
+    Serving,
     Source,
     Target,
-    compute_device,
     expanded,
-    open_source,
 )
-from requant.output import Output, error
+from requant.output import Output, error, plain
+from requant.places import compute_device, download, kept_source, open_source
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from requant.convert.delivery import Delivery
-    from requant.convert.folder import Folder
     from requant.convert.plan import Plan
-    from requant.convert.processes import Team
 
 app = typer.Typer(
     name="requant",
@@ -126,12 +123,41 @@ def recipes_command(
 
 
 @command("plan")
-def plan_command(source: Source, target: Target, cutting: Cutting, output: Output) -> None:
-    """Show all that convert or shard would do, from headers, and scales where they decide."""
+def plan_command(
+    source: Source, target: Target, cutting: Cutting, serving: Serving, output: Output
+) -> None:
+    """Show all that convert or shard would do, from headers, and scales where they decide; with
+    --gpu whether the result fits, with --fit the formats that do. Exit status 1: it does not."""
+    from rich.console import Group
+
     from requant.convert.report import plan_table
 
-    summary = cutting.of(target.plan(open_source(source), cutting.given)).summary()
-    output.result(summary, lambda: plan_table(summary))
+    serving.check(target)
+    folder = open_source(source)
+    facts: dict[str, Any] = {}
+    if serving.fit is not None:
+        chosen = serving.chosen(folder)
+        if chosen is None:
+            message = (
+                f"no mixture of formats fits on {serving.fit}; more GPUs, or a shorter context"
+            )
+            output.result({"fits": False, "gpus": serving.fit}, lambda: plain(message))
+            raise typer.Exit(1)
+        target, text, path = chosen
+        facts = {"recipe_file": str(path), "recipe_text": text}
+        output.status(f"recipe written to {path}")
+    plan = cutting.of(target.plan(folder, cutting.given or serving.given))
+    summary = plan.summary() | facts
+    if not serving.given:
+        output.result(summary, lambda: plan_table(summary))
+        return
+    from requant.serving.tables import render
+
+    report = serving.report(plan, cutting)
+    document = {**summary, "serving": report}
+    output.result(document, lambda: Group(plan_table(summary), "", render(report)))
+    if not report["fits"]:
+        raise typer.Exit(1)
 
 
 @command("convert")
@@ -161,7 +187,7 @@ def convert_command(
     if max_kl is not None and not verify:
         raise RequantError("--max-kl has no effect without --verify")
     pushing.check()
-    folder = _kept(source, out, keep_source, output)
+    folder = kept_source(source, out, keep_source, output)
     with contextlib.ExitStack() as leaving:
         delivery: Delivery | None = None
 
@@ -179,12 +205,12 @@ def convert_command(
             output.result(result, lambda: plan_table(result))
         if verify:
             written = Folder(out) if delivery is None else delivery.settle()
-            result["verify"] = _verify(folder, written, max_kl, device, output)
+            result["verify"] = verify_sides(folder, written, max_kl, device, output)
         if delivery is not None:
             result["pushed"] = delivery.publish(result.get("verify"))
             output.status(f"uploaded to {result['pushed']}")
     if verify:
-        _judge(result["verify"], result, output)
+        judge(result["verify"], result, output)
     elif output.json:
         output.result(result)
 
@@ -259,7 +285,7 @@ def verify_command(
     if checksums:
         if any(given is not None for given in (out, max_kl, tokens, text, device)):
             raise RequantError("--checksums takes one folder and no other option")
-        _judge_checksums(open_source(source).path, output)
+        judge_checksums(open_source(source).path, output)
         return
     if out is None:
         raise RequantError("give SRC and OUT, or --checksums and one folder")
@@ -270,11 +296,11 @@ def verify_command(
         raise typer.Exit(run_processes(count, ["verify", *given, "--", source, str(out)]))
     with team() as processes:
         output = output.of(processes.leads)
-        verdict = _verify(
+        verdict = verify_sides(
             open_source(source), out, max_kl, device, output, tokens or 2048, text, processes
         )
         if processes.leads:
-            _judge(verdict, verdict, output)
+            judge(verdict, verdict, output)
 
 
 @command("run")
@@ -313,7 +339,7 @@ def run_command(
         seed=seed or 0,
         device=compute_device(device),
     )
-    output.result(result, lambda: _plain(prompt + str(result["text"])))
+    output.result(result, lambda: plain(prompt + str(result["text"])))
 
 
 @command("download")
@@ -326,8 +352,8 @@ def download_command(
     output: Output,
 ) -> None:
     """Copy a repository from the Hub, checked. Repeating the command continues it."""
-    result = _download(repo, folder, output)
-    output.result(result, lambda: _plain(f"{result['files']} files written to {folder}"))
+    result = download(repo, folder, output)
+    output.result(result, lambda: plain(f"{result['files']} files written to {folder}"))
 
 
 @app.callback(invoke_without_command=True)
@@ -346,96 +372,3 @@ def main() -> None:
     # every 700 new ones takes a third of the time.
     gc.set_threshold(100_000, 50, 50)
     app()
-
-
-def _download(repo: str, folder: Path, output: Output) -> dict[str, Any]:
-    if repo == "demo":
-        from requant.demo import write_demo
-
-        return write_demo(folder)
-    from requant.convert.download import download
-
-    return download(repo, folder, lambda nbytes: output.progress(nbytes, "download"))
-
-
-def _kept(source: str, out: Path, keep: Path | None, output: Output) -> Folder:
-    """What SRC names, downloaded to the folder `keep` first, if there is one."""
-    from requant.convert.folder import Folder
-    from requant.convert.processes import launched
-
-    if keep is None:
-        return open_source(source, out)
-    if Path(source).exists():
-        raise RequantError("--keep-source has no effect on a source that is on this disk")
-    if launched():
-        raise RequantError("--keep-source takes one process; `requant download` first")
-    _download(source, keep, output)
-    return Folder(keep)
-
-
-def _verify(
-    source: Folder,
-    out: Path | Folder,
-    max_kl: float | None,
-    device: str | None,
-    output: Output,
-    tokens: int = 2048,
-    text: Path | None = None,
-    processes: Team | None = None,
-) -> dict[str, Any]:
-    from requant.convert.processes import Team
-    from requant.verify.comparison import verify
-
-    processes = processes or Team()
-    words = processes.each(lambda: _read_text(text))
-    where = processes.each(lambda: compute_device(device))
-    label = out if isinstance(out, Path) else out.label
-    output.status(f"verify: running {source.label} and {label} side by side")
-    # Close enough for a bar: headers are a few kilobytes.
-    nbytes = sum(source.facts(file).nbytes for file in source.weight_files())
-    with output.progress(nbytes, "verify") as progress:
-        return verify(
-            source,
-            out,
-            device=where,
-            max_kl=max_kl,
-            tokens=tokens,
-            text=words,
-            progress=progress,
-            team=processes,
-        )
-
-
-def _read_text(path: Path | None) -> str | None:
-    try:
-        return path.read_text("utf-8") if path is not None else None
-    except (OSError, UnicodeDecodeError) as unreadable:
-        raise RequantError(f"{path}: cannot read the text: {unreadable}") from unreadable
-
-
-def _judge(verdict: dict[str, Any], document: dict[str, Any], output: Output) -> None:
-    """Print the verdict and exit 1 when it is no."""
-    from requant.verify.report import render
-
-    output.result(document, lambda: render(verdict))
-    if not verdict["ok"]:
-        raise typer.Exit(1)
-
-
-def _judge_checksums(folder: Path, output: Output) -> None:
-    """Compare files with what was recorded when they were written; exit 1 when they differ."""
-    from requant.verify.checksums import check, recorded
-
-    total = sum(facts.nbytes for facts in recorded(folder).values())
-    with output.progress(total, "hash") as progress:
-        found = check(folder, progress)
-    count = f"{found['files']} files, {len(found['problems'])} of them changed or missing"
-    output.result(found, lambda: _plain("\n".join([*found["problems"], count])))
-    if not found["ok"]:
-        raise typer.Exit(1)
-
-
-def _plain(text: str) -> Text:
-    from rich.text import Text
-
-    return Text(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from requant.errors import CheckpointError, RequantError
+from requant.errors import RequantError
 from requant.output import Output, parse_size
+from requant.places import compute_device
 
 if TYPE_CHECKING:
-    import torch
-
     from requant.convert.claim import Receiver
     from requant.convert.delivery import Delivery
     from requant.convert.folder import Folder
@@ -184,6 +184,86 @@ class Cutting:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """The options that say what the result is to be served on."""
+
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="GPUS", help='Does it fit? E.g. 4x24GB, 8xH100 or "RTX 4090".'),
+    ] = None
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence.  [default: 32768]")
+    ] = None
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at a time.  [default: 1]")] = (
+        None
+    )
+    ram: Annotated[
+        str | None, typer.Option(help="That machine's memory, for experts that do not fit.")
+    ] = None
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="GPUS", help="Choose the best mixture of formats that fits."),
+    ] = None
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The recipe file of --fit.  [default: fit-GPUS.toml]"),
+    ] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is to be served."""
+        return self.gpu is not None or self.fit is not None
+
+    def check(self, target: Target) -> None:
+        """Raise RequantError for options that have no effect."""
+        finer = (self.context, self.batch, self.ram)
+        if not self.given and any(option is not None for option in finer):
+            raise RequantError("--context, --batch and --ram have no effect without --gpu or --fit")
+        if self.save is not None and self.fit is None:
+            raise RequantError("--save has no effect without --fit")
+        if self.fit is not None and (self.gpu or target.to or target.recipe):
+            raise RequantError("--fit chooses the formats; it takes no --to, --recipe or --gpu")
+
+    def chosen(self, source: Folder) -> tuple[Target, str, Path] | None:
+        """The recipe that fits, its text and file; None where no mixture does."""
+        from requant.convert.source import Checkpoint
+        from requant.serving.choose import choose
+        from requant.serving.hardware import parse_gpus
+        from requant.serving.report import demand_of
+
+        gpus = parse_gpus(self.fit or "")
+        checkpoint = Checkpoint.open(source)
+        demand = demand_of(checkpoint.config, self.context, self.batch or 1)
+        choice = choose(checkpoint, gpus, demand)
+        if choice is None:
+            return None
+        path = self.save or Path("fit-" + re.sub(r"[^\w.]+", "-", str(gpus)) + ".toml")
+        text = choice.text
+        try:
+            if path.exists() and path.read_text("utf-8") != text:
+                raise RequantError(f"{path}: is there, and another recipe; give --save FILE")
+            path.write_text(text, "utf-8")
+        except OSError as error:
+            raise RequantError(f"{path}: cannot write the recipe: {error.strerror}") from error
+        return Target(recipe=str(path)), text, path
+
+    def report(self, plan: Plan, cutting: Cutting) -> dict[str, Any]:
+        """What serving the output of a plan takes."""
+        from requant.convert.placement import read_loads
+        from requant.serving.hardware import parse_gpus
+        from requant.serving.report import serving_report
+
+        return serving_report(
+            plan,
+            parse_gpus(self.gpu or self.fit or ""),
+            self.context,
+            self.batch or 1,
+            None if self.ram is None else parse_size("--ram", self.ram),
+            loads=None if cutting.placement is None else read_loads(cutting.placement),
+        )
+
+
+@dataclass(frozen=True)
 class Running:
     """The options that say how to carry a plan out."""
 
@@ -270,50 +350,3 @@ class Pushing:
             plan, out, self.push,
             keeps=not self.no_keep, private=self.private, overwrite=overwrite,
         )  # fmt: skip
-
-
-def open_source(source: str, out: Path | None = None) -> Folder:
-    """The folder or repository that SRC names. What is unfinished in `out` goes on with the commit
-    that it was begun with."""
-    from requant.convert.folder import REPOSITORY, Folder
-
-    if source == "demo":
-        from requant.demo import demo_path
-
-        return Folder(demo_path())
-    path = Path(source)
-    try:
-        local = path.exists()
-    except OSError:  # a name too long
-        local = True
-    if local or REPOSITORY.fullmatch(source) is None:
-        return Folder(path)
-    from requant.convert.hub import open_repository
-    from requant.convert.journal import begun_with
-
-    try:
-        return open_repository(source, None if out is None else begun_with(out))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} (and there is no folder {source} here)") from error
-
-
-def compute_device(name: str | None) -> torch.device:
-    """The device to compute on. Raises RequantError when it is not there."""
-    import torch
-
-    from requant.convert.processes import local_rank
-
-    if name is None and torch.cuda.is_available():
-        # One GPU a process, where a launcher counts them.
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
-    if name is None:
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as unknown:
-        raise RequantError(f"--device {name}: expected cpu, cuda or cuda:N") from unknown
-    if device.type not in ("cpu", "cuda"):
-        raise RequantError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequantError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
-    return device

@@ -120,6 +120,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
+def plain(text: str) -> Text:
+    """Text as it is, for a result that is no table."""
+    return Text(text)
+
+
 def parse_size(option: str, text: str) -> int:
     """Bytes from what people write: 700MB, 1.5 GB, 2GiB, or a plain number."""
     pattern = r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([kmgt]?)(i?)b)?\s*"

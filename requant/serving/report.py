@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from requant.convert.parallel import Parallel, usual
@@ -40,7 +41,7 @@ def serving_report(
     element of the cache. `probe`: measure for the time that converting takes. `fits` tells whether
     the exit status is 0 or 1. Raises RequantError for demands that make no sense.
     """
-    demand = demand_of(plan, context, batch, kv_bytes)
+    demand = demand_of(plan.config, context, batch, kv_bytes)
     inventory = Inventory.of(plan.source, plan.reads_back)
     parallel, largest, note = _spread(plan, inventory, gpus)
     weights = sum(largest.values())
@@ -83,9 +84,11 @@ def serving_report(
     }
 
 
-def demand_of(plan: Plan, context: int | None, batch: int, kv_bytes: float = 2.0) -> Demand:
+def demand_of(
+    config: Mapping[str, Any], context: int | None, batch: int, kv_bytes: float = 2.0
+) -> Demand:
     """What is to be served. Raises RequantError for numbers that are none."""
-    most = context_length(plan.config)
+    most = context_length(config)
     chosen = min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT) if context is None else context
     for name, value in (("context", chosen), ("batch", batch)):
         if value < 1:
