@@ -139,7 +139,7 @@ def plan_command(
         chosen = serving.chosen(folder)
         if chosen is None:
             message = (
-                f"no mixture of formats fits on {serving.fit}; more GPUs, or a shorter context"
+                f"no mixture of formats fits on {serving.fit}; take more GPUs, or a shorter context"
             )
             output.result({"fits": False, "gpus": serving.fit}, lambda: plain(message))
             raise typer.Exit(1)

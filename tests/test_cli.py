@@ -92,6 +92,38 @@ def test_plan(source: Source) -> None:
                                                             "bf16").stdout  # fmt: skip
 
 
+def test_plan_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = PLAN_KEYS | {"serving"}
+    fits = ["plan", "demo", "--to", "int4", "--gpu", "RTX 4090", "--context", "512"]
+    document = check(fits, human=["fits on 1x RTX 4090", "KV cache"], json_keys=keys)
+    serving = document["serving"]
+    assert serving["fits"] and serving["context"] == 512 and serving["batch"] == 1
+    written = sum(serving["role_bytes"].values()) + serving["header_bytes"]
+    assert written == document["written_bytes"]
+    too_small = ["plan", "demo", "--gpu", "1GB", "--context", "512", "--batch", "2000"]
+    document = check(too_small, exit=1, human=["does not fit on 1x 1 GB"], json_keys=keys)
+    assert not document["serving"]["fits"] and document["serving"]["max_batch"] < 2000
+    assert document["requantized_tensors"] == 0  # without a format: as it is
+
+
+def test_plan_chooses_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["plan", "demo", "--fit", "2x24GB", "--context", "512"]
+    keys = PLAN_KEYS | {"serving", "recipe_file", "recipe_text"}
+    document = check(args, human=["fits on 2x 24 GB"], json_keys=keys)
+    recipe = tmp_path / document["recipe_file"]
+    assert recipe.name == "fit-2x-24-GB.toml" and recipe.read_text() == document["recipe_text"]
+    assert document["serving"]["fits"]
+    again = check(["plan", "demo", "--recipe", recipe], json_keys=PLAN_KEYS)
+    assert again["written_bytes"] == document["written_bytes"]
+    recipe.write_text("# mine\n")
+    check(args, exit=2, error=f"{recipe.name}: is there, and another recipe; give --save FILE")
+    check([*args, "--save", tmp_path / "no" / "x.toml"], exit=2, error="cannot write the recipe")
+    none = ["plan", "demo", "--fit", "1GB", "--context", "512", "--batch", "100000"]
+    assert check(none, exit=1, human=["no mixture of formats fits on 1GB"])["fits"] is False
+
+
 def test_inspect(source: Source) -> None:
     check(["inspect", source("fp8-block")], human=["deepseek_v3"], json_keys=INSPECT_KEYS)
     check(["inspect", "nowhere"], exit=2, error="nowhere: no such folder")
@@ -124,6 +156,14 @@ def refused(source: Path, out: Path) -> list[tuple[list[Any], str]]:
         (["plan", source, "--to", "int8"], "unknown format 'int8'"),
         (["plan", source, "--to", "int4"], "group size 128 does not divide"),
         (["plan", source, "--recipe", "nope"], "unknown recipe 'nope'"),
+        (["plan", source, "--to", "bf16", "--context", "9"], "no effect without --gpu or --fit"),
+        (["plan", source, "--to", "bf16", "--save", "x"], "--save has no effect without --fit"),
+        (["plan", source, "--to", "bf16", "--fit", "24GB"], "--fit chooses the formats"),
+        (["plan", source, "--gpu", "RTX 9999"], "RTX 9999"),
+        (["plan", "demo", "--gpu", "24GB", "--context", str(1 << 30)], "was made for"),
+        ([*convert, "--to", "bf16", "--disk", "1GB"], "--disk has no effect on a source that is"),
+        ([*convert, "--to", "bf16", "--keep-source", "x"], "--keep-source has no effect on a"),
+        ([*convert, "--to", "bf16", "--no-keep"], "have no effect without --push"),
         (["plan", source, "--recipe", "no.toml"], "no.toml: cannot read the recipe"),
         (["plan", "x" * 300, "--to", "bf16"], "File name too long"),
         (["plan", "a\x1b[2J\nb", "--to", "bf16"], r"a\x1b[2J\nb: no such folder"),
