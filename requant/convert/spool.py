@@ -271,6 +271,14 @@ def require_agreement(folder: Path) -> None:
                 )
 
 
+def remove_others(folder: Path, processes: int) -> None:
+    """Remove the chunks of more processes than there are now; what their hashes were stays."""
+    with writing(folder):
+        for path in folder.glob("[0-9]*"):
+            if path.name.isdecimal() and int(path.name) >= processes:
+                shutil.rmtree(path)
+
+
 def remove(folder: Path) -> None:
     """Remove what is left of a spool."""
     with writing(folder):

@@ -21,7 +21,7 @@ import requant.convert.spool as spool
 import requant.convert.steps as steps
 from requant.cli import app
 from requant.convert.journal import STAGING_NAME
-from tests.hub_faults import Faults, Request
+from tests.hub_faults import Fault, Faults, Request
 from tests.hub_server import HubServer, reached
 
 REPO = "org/model"
@@ -33,8 +33,8 @@ LEAST = (spool.CONNECTIONS + 2) * CHUNK
 SETTINGS = (
     (spool, "CHUNK_BYTES", CHUNK),
     (hub_module, "LEAST_BYTES", LEAST),
+    (hub_module, "HEADER_BYTES", 1 << 9),
     (fetch, "FIRST_WAIT", 0.01),
-    (fetch, "PIECE_BYTES", 1 << 12),
     (readahead, "WINDOW_BYTES", 1 << 13),
     (reader, "DIRECT_BYTES", 1 << 12),
     (steps, "TILE_ELEMENTS", 1 << 13),
@@ -89,14 +89,14 @@ def bodies(server: HubServer, since: int = 0) -> list[Request]:
     return [r for r in answered if r.status == 206 and (r.file or "").endswith(".safetensors")]
 
 
-def whole_chunks(server: HubServer, file: str) -> set[int]:
-    """The chunks of a file of which all bytes were sent at once."""
-    found = set()
-    for request in bodies(server):
-        if request.file == f"{REPO}/{file}" and request.sent == request.nbytes:
-            begin = first_byte(request)
-            if begin % CHUNK == 0 and (request.nbytes == CHUNK or begin):
-                found.add(begin // CHUNK)
+def chunks_asked(server: HubServer, since: int = 0) -> list[tuple[str, int]]:
+    """The chunks that a spool began to fetch, as file and number, in order."""
+    found = []
+    for request in bodies(server, since):
+        begin = first_byte(request)
+        if begin % CHUNK == 0 and request.nbytes > hub_module.HEADER_BYTES:
+            assert request.file is not None
+            found.append((request.file.removeprefix(f"{REPO}/"), begin // CHUNK))
     return found
 
 
@@ -106,9 +106,19 @@ def first_byte(request: Request) -> int:
     return int(request.range.removeprefix("bytes=").partition("-")[0])
 
 
-def any_of(*faults: Faults) -> Faults:
-    """The first fault that any of these has for a request."""
-    return lambda request: next(filter(None, (fault(request) for fault in faults)), None)
+def in_chunk(file: str, index: int, fault: Fault, times: int = 1) -> Faults:
+    """Answer the first requests for a chunk of a file with the fault."""
+    left = times
+
+    def get(request: Request) -> Fault | None:
+        nonlocal left
+        wanted = request.range == f"bytes={index * CHUNK}-{(index + 1) * CHUNK - 1}"
+        if left and wanted and request.nbytes == CHUNK and request.file == f"{REPO}/{file}":
+            left -= 1
+            return fault
+        return None
+
+    return get
 
 
 def staged_bytes(at: Path) -> int | None:
