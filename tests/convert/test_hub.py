@@ -89,8 +89,11 @@ def nothing_looks_complete(out: Path) -> bool:
     return not {"config.json", MANIFEST_NAME, INDEX} & set(hashes(out))
 
 
-@pytest.mark.parametrize("disk", [LEAST, LEAST + 1, 9 * CHUNK, None])
-@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize(
+    ("to", "disk"),
+    [(to, disk) for to in TARGETS for disk in (LEAST, None)]
+    + [("bf16", LEAST + 1), ("nvfp4", 9 * CHUNK)],
+)
 def test_equals_the_local_conversion_within_its_disk(
     to: str, disk: int | None, hub: HubServer, out: Path, local: Local
 ) -> None:
@@ -150,9 +153,7 @@ FAULTS: Mapping[str, tuple[Fault, int]] = {
     "cut at once": (Cut(0), 5),
     "cut at the last byte": (Cut(CHUNK - 1), 5),
     "500": (Status(500), 5),
-    "503": (Status(503), 5),
     "429": (Status(429, retry_after=0), 5),
-    "408": (Status(408), 5),
     "trickle": (Slow(2000), 2),
     "stall": (Stall(1000, 30), 2),
     "stall at once": (Stall(0, 30), 2),
@@ -161,8 +162,11 @@ FAULTS: Mapping[str, tuple[Fault, int]] = {
 }
 
 
-@pytest.mark.parametrize("where", [".safetensors?Expires", "/model-0000"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [(fault, ".safetensors?Expires") for fault in FAULTS]
+    + [("500", "/model-0000"), ("429", "/model-0000")],
+)
 def test_what_goes_wrong_on_the_way_changes_nothing(
     fault: str, where: str, hub: HubServer, out: Path, local: Local
 ) -> None:
@@ -193,8 +197,9 @@ def test_a_hundred_cuts(to: str, hub: HubServer, out: Path, local: Local) -> Non
     assert sum(r.sent < r.nbytes for r in bodies(hub)) == 100 and outcome(out) == local(to)
 
 
-@pytest.mark.parametrize("what", ["/api/models/", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("method", "what"), [("GET", "/api/models/"), ("GET", "config.json"), ("HEAD", "config.json")]
+)
 @pytest.mark.parametrize("fault", [Cut(0), Status(500), Status(429, retry_after=0)])
 def test_what_goes_wrong_with_small_files_changes_nothing(
     fault: Fault, method: str, what: str, hub: HubServer, out: Path, local: Local,
@@ -261,8 +266,9 @@ def test_wrong_bytes_borrowed_from_another_file_are_refused_in_the_end(
 
 def test_a_branch_that_moves(hub: HubServer, out: Path, source: Source, local: Local) -> None:
     old = hub.head(REPO).sha
-    hub.fault = in_chunk(FILES[2], 1, Status(404))
+    hub.fault = in_chunk(FILES[2], 1, Status(404), times=9)  # also when it is fetched ahead
     refused("convert", REPO, out, "--to", "bf16")
+    hub.fault = lambda request: None
     other = make_source(out.parent / "other", "fp8-block", seed=9)
     new = hub.add(REPO, other)
 
@@ -308,7 +314,7 @@ def killed_at(
     return codes
 
 
-@pytest.mark.parametrize("at", [8, 17, 33])
+@pytest.mark.parametrize("at", [8, 33])
 def test_killed_in_the_middle(
     at: int, hub: HubServer, out: Path, source: Source, local: Local
 ) -> None:
