@@ -34,12 +34,12 @@ SETTINGS = (
     (spool, "CHUNK_BYTES", CHUNK),
     (hub_module, "LEAST_BYTES", LEAST),
     (hub_module, "HEADER_BYTES", 1 << 9),
-    (fetch, "FIRST_WAIT", 0.01),
+    (fetch, "FIRST_WAIT", 0.001),
     (readahead, "WINDOW_BYTES", 1 << 13),
     (reader, "DIRECT_BYTES", 1 << 12),
     (steps, "TILE_ELEMENTS", 1 << 13),
     (steps, "CHUNK_ELEMENTS", 1 << 13),
-    (constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5),
+    (constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3),
 )
 #: What `reach` has opened, until the process ends.
 _OPEN = contextlib.ExitStack()

@@ -34,7 +34,7 @@ CDN = "?Expires"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(fetch_module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(fetch_module, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     with HubServer() as server, reached(server, tmp_path / "home"):
         server.add(REPO, {FILE: WEIGHTS, "small.txt": WEIGHTS[:5000]})
