@@ -37,6 +37,8 @@ STAGING, JOURNALS = ".requant-source", (".requant-journal.jsonl", ".requant-down
 #: What tells where a conversion came from, and differs between the Hub and the disk.
 MANIFEST = "requant.json"
 LOOK_SECONDS = 0.002
+#: The probability that an answer is cut, while there are cuts left: a download asks seldom.
+CONVERT_SHARE, DOWNLOAD_SHARE = 0.5, 0.97
 #: How long a child may work before it is killed, at most, for a GB of the source.
 SECONDS_A_GB = 0.25
 
@@ -122,8 +124,9 @@ def _measure(source: Path, place: Path, options: argparse.Namespace) -> Result:
 def _served(source: Path, place: Path, options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     """The checkpoint on a server of its own: its endpoint, and where it logs what it sent."""
     log = place / "served.log"
+    share = DOWNLOAD_SHARE if options.download else CONVERT_SHARE
     command = [sys.executable, str(Path(__file__)), "serve", str(source), str(log),
-               str(options.seed), str(options.cuts)]  # fmt: skip
+               str(options.seed), str(options.cuts), str(share)]  # fmt: skip
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
@@ -132,12 +135,13 @@ def _served(source: Path, place: Path, options: argparse.Namespace) -> Iterator[
             server.terminate()
 
 
-def serve(source: Path, log: Path, seed: int, cuts: int) -> None:
-    """Serve a checkpoint until this process is terminated; what was sent is logged all the time."""
+def serve(source: Path, log: Path, seed: int, cuts: int, share: float) -> None:
+    """Serve a checkpoint until this process is terminated; what was sent is logged all the time.
+    `cuts` answers are cut, each with the probability `share`."""
     sys.path.insert(0, str(ROOT))
     from tests.hub_server import Cut, Fault, HubServer, Request, random_cuts
 
-    reset = random_cuts(seed, cuts, share=0.5, least_bytes=1 << 20)
+    reset = random_cuts(seed, cuts, share)
     done = [0]
 
     def fault(request: Request) -> Fault | None:
@@ -285,6 +289,7 @@ def _row(result: Result) -> dict[str, str]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        serve(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        source, log, seed, cuts, share = sys.argv[2:]
+        serve(Path(source), Path(log), int(seed), int(cuts), float(share))
     else:
         main()

@@ -147,7 +147,7 @@ def sampled(out: Path) -> Iterator[list[int]]:
     stop = threading.Event()
 
     def look() -> None:
-        while not stop.wait(0.0005):
+        while not stop.wait(0.002):
             nbytes = staged_bytes(out / STAGING_NAME)
             if nbytes is not None:
                 found.append(nbytes)
