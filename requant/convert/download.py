@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,10 +89,11 @@ class _Copy:
         with writing(folder):
             self._journal = (folder / TRACE_NAME).open("a+", encoding="utf-8")
         try:
-            try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(f"{folder}: another requant is filling it") from error
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._journal.close()
+            raise CheckpointError(f"{folder}: another requant is filling it") from error
+        try:
             self.repository = self._begin(name, revision)
         except BaseException:
             self.close()
@@ -113,20 +114,31 @@ class _Copy:
 
     def _begin(self, name: str, revision: str | None) -> Repository:
         """The commit that was begun with, or that a branch is at now."""
+        if os.fstat(self._journal.fileno()).st_nlink == 0:
+            raise CheckpointError(f"{self._folder}: another requant has just left it; repeat")
         self._journal.seek(0)
-        events = []
-        for line in self._journal.read().splitlines():
-            with contextlib.suppress(ValueError):  # the last one may be cut short
-                events.append(json.loads(line))
+        text = self._journal.read()
+        whole = text[: text.rfind("\n") + 1]  # a crash may have cut the last line short
+        self._journal.truncate(len(whole.encode()))
+        try:
+            events = [dict(json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._folder / TRACE_NAME}: damaged ({error}); remove {self._folder}"
+            ) from error
         first = events[0] if events else {}
         self._checked = {event["file"] for event in events[1:] if "file" in event}
         begun, asked = first.get("source_repo", name), first.get("asked")
-        if begun != name or (first and asked != revision and first["source_revision"] != revision):
+        commit = first.get("source_revision")
+        if begun != name or (first and revision not in (asked, commit)):
             raise CheckpointError(
-                f"{self._folder}: is a copy of {begun}@{first.get('source_revision')}; choose "
+                f"{self._folder}: is a copy of {begun}@{commit}; choose "
                 "another folder, or remove it"
             )
-        found = Repository.find(name, first.get("source_revision", revision))
+        found = Repository.find(name, commit or revision)
+        for file in found.files:
+            if file == TRACE_NAME or file.endswith(PARTIAL_SUFFIX):
+                raise CheckpointError(f"{found.label}: {file}: a name that requant uses; not taken")
         if not first:
             self._note(source_repo=name, source_revision=found.commit, asked=revision)
         return found
@@ -157,19 +169,19 @@ class _Copy:
         """Fetch and check what is not there yet: weights, then the rest, at last what tells a
         folder with a model."""
         files = self.repository.files
-        last = [n for n in files if n == CONFIG_NAME or n.endswith(".index.json")]
-        weights = [n for n in files if n.endswith(".safetensors")]
-        rest = sorted(set(files) - set(last) - set(weights))
-        for names in (sorted(weights), rest, sorted(last, key=lambda n: n == CONFIG_NAME)):
+        weights = {n for n in files if n.endswith(".safetensors")}
+        indices = {n for n in files if n.endswith(".index.json")}
+        config = {n for n in files if n == CONFIG_NAME}
+        for names in (weights, set(files) - weights - indices - config, indices, config):
             with ThreadPoolExecutor(CONNECTIONS, "requant-download") as pool:
-                jobs = [pool.submit(self._take, name, progress) for name in names]
-                done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-                if waiting:
+                jobs = [pool.submit(self._take, name, progress) for name in sorted(names)]
+                try:
+                    for job in as_completed(jobs):
+                        job.result()
+                except BaseException:  # of one of them, or an interruption
                     self._stop.set()
-                for job in waiting:
-                    job.cancel()
-            for job in done:
-                job.result()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
 
     def _take(self, name: str, progress: Progress) -> None:
         """Have one file in the folder, checked."""
@@ -183,6 +195,30 @@ class _Copy:
             partial.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 path.rename(partial)
+        wrong, local = self._fill(partial, name, progress)
+        if wrong is not None and local:  # the disk's bytes may be damaged: all of it comes again
+            partial.unlink()
+            with self._lock:
+                progress(-file.nbytes)
+            wrong, _ = self._fill(partial, name, progress, cached=False)
+        if wrong is not None:
+            partial.unlink()
+            raise CheckpointError(
+                f"{self.repository.label}: {name}: {wrong}; it was damaged on the way: repeat the "
+                "command to fetch it again"
+            )
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.rename(path)
+            sync_folder(path.parent)
+        self._note(file=name)
+
+    def _fill(
+        self, partial: Path, name: str, progress: Progress, cached: bool = True
+    ) -> tuple[str | None, bool]:
+        """Go on with what there is of a file, to its end; what is wrong with it, and whether any of
+        it was on this disk, also in the client's cache."""
+        file = self.repository.files[name]
         found = _Hashes(file)
         with writing(partial), partial.open("a+b") as out:
             out.seek(0)
@@ -203,26 +239,15 @@ class _Copy:
                     self.fetched += len(data)
                     progress(len(data))
 
-            cached = self._cached(name, file) if not come else None
-            if cached is not None:
-                for data in cached:
+            copy = self._cached(name, file) if cached and not come else None
+            if copy is not None:
+                for data in copy:
                     write(data)
             else:
                 self.repository.fetch(name, come, file.nbytes, write)
             out.flush()
             os.fsync(out.fileno())
-        wrong = found.difference()
-        if wrong is not None:
-            partial.unlink()
-            raise CheckpointError(
-                f"{self.repository.label}: {name}: {wrong}; it was damaged on the way: repeat the "
-                "command to fetch it again"
-            )
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.rename(path)
-            sync_folder(path.parent)
-        self._note(file=name)
+        return found.difference(), come > 0 or copy is not None
 
     def _cached(self, name: str, file: HubFile) -> Iterator[bytes] | None:
         """The bytes of a file that the Hub's client has in its cache."""

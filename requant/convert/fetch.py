@@ -32,8 +32,6 @@ from requant.errors import CheckpointError
 ATTEMPTS, CALLS, FIRST_WAIT, LONGEST_WAIT = 8, 5, 0.5, 60.0
 #: A connection that brings fewer bytes a second over as long as the client waits for one is stuck.
 LEAST_RATE = 4096
-#: Bytes that are handed on at a time.
-PIECE_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -97,7 +95,7 @@ def _stream(url: str, begin: int, end: int) -> Iterator[bytes]:
                 f"asked for bytes {begin} to {end}, it answers {response.status_code} {told}"
             )
         left, since, come = end - begin, time.monotonic(), 0
-        for piece in response.iter_raw(PIECE_BYTES):
+        for piece in response.iter_raw():  # as it comes: a cut would take along what is gathered
             yield piece[:left]
             left -= min(len(piece), left)
             come += len(piece)

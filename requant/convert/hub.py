@@ -19,12 +19,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from requant.convert.fetch import fetch, patiently
-from requant.convert.folder import REPOSITORY, FileFacts, Folder
+from requant.convert.folder import MAX_JSON_BYTES, REPOSITORY, FileFacts, Folder
 from requant.convert.header import MAX_HEADER_BYTES
 from requant.convert.journal import Digest
 from requant.convert.readahead import Buffers, ReadAhead
 from requant.convert.reader import Files
-from requant.convert.spool import LEAST_BYTES, Spool, remove, require_agreement
+from requant.convert.spool import LEAST_BYTES, Spool, remove, remove_others, require_agreement
 from requant.convert.writer import is_side_file
 from requant.errors import CheckpointError, RequantError
 from requant.output import size
@@ -68,7 +68,8 @@ class Repository:
         files = {}
         for entry in info.siblings or []:
             path = PurePosixPath(entry.rfilename)
-            if path.is_absolute() or ".." in path.parts or "\\" in entry.rfilename:
+            strange = "\\" in entry.rfilename or not entry.rfilename.isprintable()
+            if path.is_absolute() or ".." in path.parts or strange:
                 raise CheckpointError(f"{label}: a file is named {entry.rfilename!a}; not taken")
             sha256 = entry.lfs.sha256 if entry.lfs else None
             files[entry.rfilename] = HubFile(entry.size or 0, sha256, entry.blob_id)
@@ -96,6 +97,13 @@ class Repository:
         label, names = self.label, sorted(files)
         if not names:
             raise CheckpointError(f"{label}: has no file that is needed; not a model's repository")
+        for name in names:
+            nbytes = self.files[name].nbytes
+            if name.endswith(".json") and nbytes > MAX_JSON_BYTES:
+                raise CheckpointError(
+                    f"{label}: {name} has {nbytes} bytes, at most {MAX_JSON_BYTES} make sense of a "
+                    "JSON file; not fetched"
+                )
 
         def get(file: str) -> Path:
             def download() -> str:
@@ -135,6 +143,12 @@ class HubFolder(Folder):
 
     def require(self) -> None:
         pass
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the files of weights are in the cache of the Hub's client, too."""
+        needed = self.weight_files() or self._weights  # of ranks, all lie in subfolders
+        return all((self.path / file).is_file() for file in needed)
 
     def weight_files(self) -> list[str]:
         return sorted(name for name in self._weights if "/" not in name)
@@ -193,6 +207,8 @@ class HubFolder(Folder):
                 f"--disk: {size(share * processes)} are too few, {size(LEAST_BYTES * processes)} "
                 f"are needed for {processes} process{'es' if processes > 1 else ''}; give more"
             )
+        if rank == 0:
+            remove_others(at, processes)
         sizes = {name: file.nbytes for name, file in self._weights.items()}
         spool = Spool(at, share, sizes, self.repository.fetch, str(rank))
         self.reader.spool = spool
@@ -274,6 +290,4 @@ def open_repository(source: str, pinned: tuple[str, str] | None = None) -> Folde
                 f"{source}: not in the cache, and HF_HUB_OFFLINE is set; download it first"
             ) from error
     found = HubFolder(Repository.find(name, revision))
-    if all((found.path / file).is_file() for file in found.weight_files()):
-        return Folder(found.path)  # all of it is in the cache
-    return found
+    return Folder(found.path) if found.is_cached else found

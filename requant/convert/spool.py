@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from requant.convert.header import read_exactly
 from requant.convert.writer import writing
@@ -28,6 +29,8 @@ CONNECTIONS = 4
 LEAST_BYTES = (CONNECTIONS + 2) * CHUNK_BYTES
 
 _Key = tuple[str, int]
+#: A chunk, and the hash of it.
+_Use = tuple[_Key, str]
 Fetch = Callable[[str, int, int, Callable[[bytes], object]], None]
 
 
@@ -47,8 +50,9 @@ class Spool:
         self._coming: dict[_Key, Future[None]] = {}
         self._fronts: dict[str, int] = {}  # of files that are read: the next chunk
         self._sha256: dict[_Key, str] = {}
-        self._told: set[_Key] = set()
-        self._failed = False
+        self._pending: dict[str, set[_Use]] = {}  # of files that are read: to tell if it succeeds
+        self._told: set[_Use] = set()
+        self._failed = self._closed = False
         self._changed = threading.Condition(threading.RLock())
         self._pool = ThreadPoolExecutor(CONNECTIONS, "requant-fetch")
         with writing(folder):
@@ -56,9 +60,9 @@ class Spool:
             self._take_over()
 
     def close(self) -> None:
-        """Stop fetching ahead."""
+        """Stop fetching."""
         with self._changed:
-            self._failed = True
+            self._failed = self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def read(self, target: memoryview, file: str, begin: int, end: int, passing: bool) -> None:
@@ -71,9 +75,7 @@ class Spool:
             if passing:
                 self._advance(file, index)
             start = index * CHUNK_BYTES
-            self._read_chunk(
-                (file, index), at - start, stop - start, target[done : stop - begin], not passing
-            )
+            self._read_chunk((file, index), at - start, stop - start, target[done : stop - begin])
             done += stop - at
 
     @contextlib.contextmanager
@@ -81,18 +83,19 @@ class Spool:
         """While inside, a file is read from front to back, and fetched ahead."""
         with self._changed:
             self._fronts[file] = 0
+            self._pending[file] = set()
         self._order()
         try:
             yield
         finally:
             with self._changed:
                 del self._fronts[file]
+                self._pending.pop(file, None)
 
     def passed(self, file: str) -> None:
-        """A file was read whole, and is what it should be: record the hashes of its chunks."""
+        """A file was read whole, and is what it should be: record what was used meanwhile."""
         with self._changed:
-            for index in range(self._count(file)):
-                self._tell((file, index))
+            self._tell(self._pending.pop(file))
 
     def forget(self, files: Iterable[str]) -> None:
         """Remove all chunks of these files."""
@@ -101,7 +104,7 @@ class Spool:
             for key in [key for key in self._held if key[0] in gone]:
                 self._remove(key)
 
-    def _read_chunk(self, key: _Key, begin: int, end: int, target: memoryview, told: bool) -> None:
+    def _read_chunk(self, key: _Key, begin: int, end: int, target: memoryview) -> None:
         """Read from a chunk, which is fetched unless it is held."""
         while True:
             with self._changed:
@@ -112,8 +115,12 @@ class Spool:
                         if key not in self._sha256:  # fetched by an earlier run
                             self._sha256[key] = hashlib.file_digest(chunk, "sha256").hexdigest()
                         read_exactly(chunk.fileno(), begin, end, target, path)
-                    if told:
-                        self._tell(key)
+                    # A pass that fails is repeated, and what was used meanwhile is not kept.
+                    use = key, self._sha256[key]
+                    if key[0] in self._pending:
+                        self._pending[key[0]].add(use)
+                    else:
+                        self._tell({use})
                     return
                 coming = self._coming.get(key)
                 mine = coming is None and self._make_room(key, urgent=True)
@@ -136,9 +143,13 @@ class Spool:
         sha256 = hashlib.sha256()
         failed: BaseException | None = None
         try:
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
             with writing(path), partial.open("wb", buffering=0) as out:
 
                 def write(data: bytes) -> None:
+                    if self._closed:
+                        raise CheckpointError(f"{file}: stopped")
                     sha256.update(data)
                     view = memoryview(data)
                     while view:
@@ -149,7 +160,8 @@ class Spool:
                 partial.rename(path)
         except BaseException as error:
             failed = error
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # never instead of the error that led here
+                partial.unlink()
         with self._changed:
             coming = self._coming.pop(key)
             if failed is None:
@@ -214,18 +226,18 @@ class Spool:
         del self._held[key]
         self._path(key).unlink(missing_ok=True)
 
-    def _tell(self, key: _Key) -> None:
-        """Record the hash of a chunk whose bytes were used."""
-        if key in self._told:
-            return
-        with writing(self._table), self._table.open("a") as table:
-            table.write(f"{self._sha256[key]} {key[1]} {key[0]}\n")
-        self._told.add(key)
+    def _tell(self, uses: set[_Use]) -> None:
+        """Record the hashes of chunks whose bytes were used, every one that a chunk ever had."""
+        new = sorted(uses - self._told)
+        if new:
+            with writing(self._table), self._table.open("a") as table:
+                table.writelines(f"{sha256} {index} {file}\n" for (file, index), sha256 in new)
+            self._told.update(new)
 
     def _take_over(self) -> None:
         """Find what an earlier run has left."""
         for path in sorted(self._folder.glob("*/*")):
-            key = path.parent.name, int(path.name) if path.name.isdecimal() else -1
+            key = unquote(path.parent.name), int(path.name) if path.name.isdecimal() else -1
             known = key[0] in self._sizes and 0 <= key[1] < self._count(key[0])
             if known and path.stat().st_size == self._nbytes(key):
                 self._held[key] = self._nbytes(key)
@@ -235,9 +247,7 @@ class Spool:
             self._remove(next(iter(self._held)))
 
     def _path(self, key: _Key) -> Path:
-        folder = self._folder / key[0]
-        folder.mkdir(exist_ok=True)
-        return folder / str(key[1])
+        return self._folder / quote(key[0], safe="") / str(key[1])
 
     def _count(self, file: str) -> int:
         return -(-self._sizes[file] // CHUNK_BYTES)
@@ -259,6 +269,14 @@ def require_agreement(folder: Path) -> None:
                     f"{file}: bytes from {int(index) * CHUNK_BYTES} on came differently from the "
                     "Hub when they were fetched twice; start over with --overwrite"
                 )
+
+
+def remove_others(folder: Path, processes: int) -> None:
+    """Remove the chunks of more processes than there are now; what their hashes were stays."""
+    with writing(folder):
+        for path in folder.glob("[0-9]*"):
+            if path.name.isdecimal() and int(path.name) >= processes:
+                shutil.rmtree(path)
 
 
 def remove(folder: Path) -> None:
