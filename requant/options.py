@@ -307,7 +307,7 @@ class Running:
             # One process speaks; the others only say why they cannot go on.
             output = output.of(processes.leads)
             plan = make()
-            if disk is not None and not plan.source.folder.disk_bytes(disk):
+            if disk is not None and not plan.source.folder.disk_bytes(None):
                 raise RequantError("--disk has no effect on a source that is on this disk")
             how = runtime(plan, compute_device(device), self.workers, ram, processes)
             how = dataclasses.replace(how, disk=disk, receiver=receive(plan))

@@ -18,12 +18,13 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snaps
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.logging import set_verbosity_error
 
-from requant.convert.fetch import fetch, patiently
+from requant.convert.fetch import fetch
 from requant.convert.folder import MAX_JSON_BYTES, REPOSITORY, FileFacts, Folder
 from requant.convert.header import MAX_HEADER_BYTES
 from requant.convert.journal import Digest
 from requant.convert.readahead import Buffers, ReadAhead
 from requant.convert.reader import Files
+from requant.convert.retries import QUICK_ATTEMPTS, attempt
 from requant.convert.spool import LEAST_BYTES, Spool, remove, remove_others, require_agreement
 from requant.convert.writer import is_side_file
 from requant.errors import CheckpointError, RequantError
@@ -59,11 +60,12 @@ class Repository:
     def find(cls, name: str, revision: str | None) -> Repository:
         """Ask the Hub which commit a branch or tag is at. Raises CheckpointError."""
         label = name if revision is None else f"{name}@{revision}"
-        info = patiently(
+        info = attempt(
             label,
             lambda: HfApi(library_name="requant").model_info(
                 name, revision=revision, files_metadata=True
             ),
+            QUICK_ATTEMPTS,
         )
         files = {}
         for entry in info.siblings or []:
@@ -84,7 +86,8 @@ class Repository:
 
     def fetch(self, file: str, begin: int, end: int, write: Callable[[bytes], object]) -> None:
         """Hand bytes begin:end of a file to `write`, in order. Raises CheckpointError."""
-        fetch(hf_hub_url(self.name, file, revision=self.commit), begin, end, write)
+        url = hf_hub_url(self.name, file, revision=self.commit)
+        fetch(f"{self.label}: {file}", url, begin, end, write)
 
     def read(self, file: str, begin: int, end: int) -> bytes:
         """Bytes begin:end of a file."""
@@ -110,7 +113,7 @@ class Repository:
                 return hf_hub_download(self.name, file, revision=self.commit)
 
             try:
-                found = Path(patiently(f"{label}: {file}", download))
+                found = Path(attempt(f"{label}: {file}", download))
             except OSError as error:
                 raise CheckpointError(f"{label}: {file}: cannot be cached: {error}") from error
             return found.parents[len(PurePosixPath(file).parts) - 1]

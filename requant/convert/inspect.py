@@ -53,7 +53,7 @@ routed experts, one row of the embedding (all of it where it is the output head 
     flops = None if parameters.multiplied is None else 2 * parameters.multiplied
     attention = None if context is None else attention_flops(config, context)
     return {
-        "path": str(checkpoint.path),
+        "path": checkpoint.folder.label,
         "model_type": _text(config.get("model_type")),
         "quantization": _text(quantization.get("quant_method")),
         "layers": count(config, "num_hidden_layers"),

@@ -13,10 +13,10 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
-import requant.convert.fetch as fetch
 import requant.convert.hub as hub_module
 import requant.convert.readahead as readahead
 import requant.convert.reader as reader
+import requant.convert.retries as retries
 import requant.convert.spool as spool
 import requant.convert.steps as steps
 from requant.cli import app
@@ -34,7 +34,7 @@ SETTINGS = (
     (spool, "CHUNK_BYTES", CHUNK),
     (hub_module, "LEAST_BYTES", LEAST),
     (hub_module, "HEADER_BYTES", 1 << 9),
-    (fetch, "FIRST_WAIT", 0.001),
+    (retries, "FIRST_WAIT", 0.001),
     (readahead, "WINDOW_BYTES", 1 << 13),
     (reader, "DIRECT_BYTES", 1 << 12),
     (steps, "TILE_ELEMENTS", 1 << 13),

@@ -369,7 +369,7 @@ def test_a_cut_that_lasts_keeps_what_came(hub: HubServer, out: Path, source: Sou
         return Cut(50_000) if brought == 1 else Status(503)
 
     hub.fault = fault
-    assert "tried 8 times in a row in vain" in refused("download", REPO, out)
+    assert "the Hub answers 503 (told to fail), 8 times" in refused("download", REPO, out)
     kept = (out / f"{FILES[0]}.partial").stat().st_size
     assert 0 < kept <= 50_000
     hub.fault = lambda request: None

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_url
 
-import requant.convert.fetch as fetch_module
-from requant.convert.fetch import fetch, patiently
+import requant.convert.retries as retries
+from requant.convert.fetch import fetch
+from requant.convert.retries import QUICK_ATTEMPTS, attempt
 from requant.errors import CheckpointError
 from tests.hub_server import (
     Corrupt,
@@ -34,7 +35,7 @@ CDN = "?Expires"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(fetch_module, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     with HubServer() as server, reached(server, tmp_path / "home"):
         server.add(REPO, {FILE: WEIGHTS, "small.txt": WEIGHTS[:5000]})
@@ -43,7 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 def get(begin: int, end: int, file: str = FILE) -> bytes:
     found = bytearray()
-    fetch(hf_hub_url(REPO, file), begin, end, found.extend)
+    fetch(file, hf_hub_url(REPO, file), begin, end, found.extend)
     return bytes(found)
 
 
@@ -118,9 +119,9 @@ def test_waits_double_and_progress_starts_them_over(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(fetch_module, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(fetch_module, "LONGEST_WAIT", 5.0)
-    monkeypatch.setattr(fetch_module.time, "sleep", waits.append)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(retries, "LONGEST_WAIT", 5.0)
+    monkeypatch.setattr(retries.time, "sleep", waits.append)
     faults: list[Fault] = [Status(500)] * 5 + [Cut(70_000)] + [Status(500)] * 2
     left = iter(faults)
     hub.fault = lambda request: next(left, None) if CDN in request.path else None
@@ -131,15 +132,18 @@ def test_waits_double_and_progress_starts_them_over(
 
 def test_what_brings_nothing_is_given_up(hub: HubServer) -> None:
     hub.fault = lambda request: Status(503) if CDN in request.path else None
-    with pytest.raises(CheckpointError, match=r"model.safetensors: tried 8 times in a row in vain"):
+    with pytest.raises(
+        CheckpointError,
+        match="^model.safetensors: the Hub answers 503 .*, 8 times",
+    ):
         get(0, 1000)
     assert len(asked(hub)) == 8
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "no such repository, or you may not see it"), (403, "may not see it"),
-     (404, "has no such file|refuses"), (416, "refuses"), (400, "refuses")],
+    [(401, "set HF_TOKEN|no such repository, or you may"), (403, "use a token that may do this"),
+     (404, "has no such file|answers 404"), (416, "answers 416"), (400, "answers 400")],
 )  # fmt: skip
 def test_what_waiting_does_not_cure(status: int, message: str, hub: HubServer) -> None:
     hub.fault = lambda request: Status(status) if CDN in request.path else None
@@ -151,7 +155,9 @@ def test_what_waiting_does_not_cure(status: int, message: str, hub: HubServer) -
 def test_a_server_that_ignores_ranges_is_not_believed(hub: HubServer) -> None:
     """It would send the file's beginning for its middle."""
     with pytest.raises(CheckpointError, match="answers 200"):
-        fetch(f"{hub.endpoint}/api/models/{REPO}", 10, 20, lambda data: pytest.fail("was told"))
+        fetch(
+            "x", f"{hub.endpoint}/api/models/{REPO}", 10, 20, lambda data: pytest.fail("was told")
+        )
 
 
 def test_wrong_bytes_are_for_those_who_know_the_hash(hub: HubServer) -> None:
@@ -165,7 +171,7 @@ def test_what_the_reader_of_the_bytes_raises_is_not_tried_again(hub: HubServer) 
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        fetch(hf_hub_url(REPO, FILE), 0, 1000, full)
+        fetch(FILE, hf_hub_url(REPO, FILE), 0, 1000, full)
     assert len(asked(hub)) == 1
 
 
@@ -179,8 +185,8 @@ def test_patience_with_calls(hub: HubServer) -> None:
             raise ConnectionError("no route")
         return "done"
 
-    assert patiently("org/model", call) == "done" and calls == 4
+    assert attempt("org/model", call) == "done" and calls == 4
     calls = -9
-    with pytest.raises(CheckpointError, match="org/model: tried 5 times in a row.*no route"):
-        patiently("org/model", call)
-    assert calls == -4
+    with pytest.raises(CheckpointError, match="^org/model: cannot reach the Hub .no route"):
+        attempt("org/model", call, QUICK_ATTEMPTS)
+    assert calls == QUICK_ATTEMPTS - 9

@@ -306,7 +306,7 @@ def test_gives_up_in_the_end(hub: HubServer, out: Path, waits: list[float]) -> N
             send(pushing, out, 0)
     assert waits == [2.0**number for number in range(retries.ATTEMPTS - 1)]
     hub.fault = first(1000, Cut(0), "GET", "/tree/")
-    with pytest.raises(CheckpointError, match=f"^{REPO}: cannot reach the Hub .*; repeat the comm"):
+    with pytest.raises(CheckpointError, match=f"^{REPO}: cannot reach the Hub .*; check the netw"):
         Push(REPO, "key")
 
 
@@ -315,8 +315,8 @@ def test_a_page_instead_of_a_message_is_cut() -> None:
     answer = httpx2.Response(451, text="not here\n\nsincerely", request=request)
     with pytest.raises(CheckpointError) as raised:
         retries.attempt(REPO, lambda: hf_raise_for_status(answer))
-    expected = f"{REPO}: the Hub answers 451 (not here); check the name, and that your token"
-    assert str(raised.value) == f"{expected} may write there"
+    expected = f"{REPO}: the Hub answers 451 (not here); check the name, and what your token"
+    assert str(raised.value) == f"{expected} may do"
 
 
 def test_nothing_is_finished_without_its_weights(hub: HubServer, out: Path) -> None:
