@@ -234,7 +234,7 @@ def shard_command(
 @command("merge")
 def merge_command(
     ranks: Annotated[
-        Path, typer.Argument(metavar="RANKS", help="What `shard`, or DeepSeek's script, wrote.")
+        str, typer.Argument(metavar="RANKS", help="What `shard`, or DeepSeek's script, wrote.")
     ],
     out: Out,
     running: Running,
@@ -247,7 +247,7 @@ def merge_command(
     from requant.convert.report import plan_table
     from requant.convert.shard import merge
 
-    result = running.execute(lambda: merge(ranks, config), out, "merge", output)
+    result = running.execute(lambda: merge(open_source(ranks, out), config), out, "merge", output)
     if result is not None:
         output.result(result, lambda: plan_table(result))
 

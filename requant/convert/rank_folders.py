@@ -117,12 +117,14 @@ def read_layout(where: Path | Folder) -> Layout | None:
     return layout
 
 
-def deepseek_layout(path: Path, config: dict[str, Any]) -> Layout:
+def deepseek_layout(where: Path | Folder, config: dict[str, Any]) -> Layout:
     """The layout of a folder that DeepSeek's convert.py wrote, for a model of this config.json.
 
     Raises CheckpointError when files are absent, or are not of one run.
     """
-    found = {file.name: _MODEL_FILE.fullmatch(file.name) for file in path.glob("*.safetensors")}
+    folder = folder_at(where)
+    path = folder.path
+    found = {file: _MODEL_FILE.fullmatch(file) for file in folder.weight_files()}
     numbers = {(int(match[1]), int(match[2])): name for name, match in found.items() if match}
     counts = {count for _, count in numbers}
     if len(counts) != 1 or sorted(numbers) != [(rank, max(counts)) for rank in range(max(counts))]:
@@ -138,7 +140,7 @@ def deepseek_layout(path: Path, config: dict[str, Any]) -> Layout:
     tables: list[dict[str, str]] = []
     ends: dict[str, int] = {}
     for rank in range(count):
-        weights = open_rank(path, layout, rank, config).weights
+        weights = open_rank(folder, layout, rank, config).weights
         tables.append({})
         for name, weight in weights.items():
             axis = None if weight.kind == "routed_expert" else rule_of(weight, weights).axis

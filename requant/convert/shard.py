@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.convert import deepseek
-from requant.convert.folder import INDEX_NAME, SINGLE_NAME, read_json
+from requant.convert.folder import INDEX_NAME, SINGLE_NAME, Folder, folder_at, read_json
 from requant.convert.forms import Form, PlannedWeight
 from requant.convert.fused import StoredPart
 from requant.convert.header import Location, parse_header
@@ -173,19 +173,21 @@ def _cut(piece: PlannedPiece, here: Piece) -> PlannedPiece:
     return dataclasses.replace(piece, cuts=cuts, shape=shape, shift=shift)
 
 
-def merge(ranks: Path, config: Path | None = None) -> Plan:
+def merge(where: Path | Folder, config: Path | None = None) -> Plan:
     """A plan that writes the checkpoint that was spread over ranks, byte for byte as it was.
 
     `config`: the model's config.json, for what DeepSeek's own convert.py wrote; then the tensors
     are those it was given, in files of FILE_BYTES. Raises CheckpointError for what is no ranks.
     """
+    ranks = folder_at(where)
+    ranks.require()
     layout = read_layout(ranks)
     if layout is not None and config is not None:
-        raise RequantError(f"--config has no effect: {ranks} has its own")
+        raise RequantError(f"--config has no effect: {ranks.label} has its own")
     if layout is None and config is None:
         raise CheckpointError(
-            f"{ranks}: has no {RANKS_NAME}; give a folder that `requant shard` wrote, or one of "
-            "DeepSeek's convert.py with --config, the model's config.json"
+            f"{ranks.label}: has no {RANKS_NAME}; give a folder that `requant shard` wrote, or one "
+            "of DeepSeek's convert.py with --config, the model's config.json"
         )
     if layout is None:
         assert config is not None
