@@ -7,6 +7,7 @@ bytes that are asked for are fetched; a conversion fetches them ahead (spool.py)
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -179,7 +180,9 @@ class HubFolder(Folder):
             )
         if len(found) < 8 + length:
             found += self.repository.read(file, len(found), 8 + length)
-        return file, found[: 8 + length], nbytes
+        header = found[: 8 + length]
+        self.reader.headers[file] = Digest(len(header), hashlib.sha256(header).hexdigest())
+        return file, header, nbytes
 
     def require_unchanged(self, file: str, facts: FileFacts, read: Digest) -> None:
         sha256 = self._weights[file].sha256
@@ -232,6 +235,7 @@ class HubFiles(Files):
     def __init__(self, path: Path, repository: Repository) -> None:
         super().__init__(path)
         self.spool: Spool | None = None
+        self.headers: dict[str, Digest] = {}  # as they came when the checkpoint was opened
         self._repository = repository
 
     def _fill(self, target: memoryview, file: str, begin: int, end: int) -> None:
@@ -257,6 +261,13 @@ class HubFiles(Files):
             self.spool.read(target, file, begin, end, passing=True)
         else:
             self._fill(target, file, begin, end)
+        known = self.headers.get(file)
+        if begin == 0 and known is not None and known.nbytes <= end:
+            if hashlib.sha256(target[: known.nbytes]).hexdigest() != known.sha256:
+                raise CheckpointError(
+                    f"{self._repository.label}: {file}: its header came differently when it was "
+                    "fetched again; it was damaged on the way: repeat the command"
+                )
         return raw
 
     @contextlib.contextmanager
