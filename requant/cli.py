@@ -179,9 +179,12 @@ def convert_command(
         if verify:
             written = Folder(out) if delivery is None else delivery.settle()
             result["verify"] = _verify(folder, written, max_kl, device, output)
-        if delivery is not None:
+        if delivery is not None and (not verify or result["verify"]["ok"]):
             result["pushed"] = delivery.publish(result.get("verify"))
             output.status(f"uploaded to {result['pushed']}")
+        elif delivery is not None:
+            result["pushed"] = None
+            output.status(f"verify says no: {pushing.push} gets no config.json and no card")
     if verify:
         _judge(result["verify"], result, output)
     elif output.json:

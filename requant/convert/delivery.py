@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from requant.convert.claim import FILES_AT_A_TIME
 from requant.convert.folder import Folder
 from requant.convert.hub import HubFolder, Repository
 from requant.convert.inspect import inspect
 from requant.convert.journal import MANIFEST_NAME, Digest, read_manifest
 from requant.convert.model_card import SourceTexts, model_card
 from requant.convert.plan import Plan
-from requant.convert.push import CARD_NAME, COMMIT_SECONDS, Push
+from requant.convert.push import CARD_NAME, COMMIT_SECONDS, MAX_PENDING, Push
 from requant.convert.source import Checkpoint
 from requant.convert.writer import write_bytes, write_json, writing
 from requant.errors import CheckpointError
@@ -41,6 +42,8 @@ class Delivery:
             overwrite=overwrite,
             on_committed=self._committed,
             commit_seconds=COMMIT_SECONDS if keeps else SHORT_SECONDS,
+            # Besides those that wait, one is being written.
+            max_pending=MAX_PENDING if keeps else FILES_AT_A_TIME - 1,
         )
         self._pool = ThreadPoolExecutor(1, "requant-push")
         self._last: Future[bool] | None = None
@@ -90,8 +93,7 @@ class Delivery:
         # The folder is what the repository is, so that its checksums hold for both.
         digest = write_bytes(self._out / CARD_NAME, card.encode())
         manifest["written"][CARD_NAME] = asdict(digest)
-        if manifest["source_repo"] is None:  # where it lies on this disk is nobody's business
-            manifest["source"] = Path(manifest["source"]).name
+        manifest |= _published(manifest)
         write_json(self._out / MANIFEST_NAME, manifest)
         weights = {file.name for file in self._plan.files}
         self._push.finish(self._out, [*set(manifest["written"]) - weights, MANIFEST_NAME], card)
@@ -106,3 +108,10 @@ class Delivery:
     def _wait(self) -> None:
         if self._last is not None:
             self._last.result()
+
+
+def _published(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Source and recipe, without where they lie on this disk, which is nobody's business."""
+    repo, revision = manifest["source_repo"], manifest["source_revision"]
+    source = Path(manifest["source"]).name if repo is None else f"{repo}@{revision}"
+    return {"source": source, "recipe": Path(manifest["recipe"]).name}
