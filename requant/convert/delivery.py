@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -45,7 +46,6 @@ class Delivery:
             # Besides those that wait, one is being written.
             max_pending=MAX_PENDING if keeps else FILES_AT_A_TIME - 1,
         )
-        self._pool = ThreadPoolExecutor(1, "requant-push")
         self._last: Future[bool] | None = None
 
     def __enter__(self) -> Delivery:
@@ -57,7 +57,10 @@ class Delivery:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Wait for the upload that is under way, unless somebody presses Ctrl-C: the next run makes
+        it anew."""
+        if self._last is not None and not isinstance(error, KeyboardInterrupt):
+            wait([self._last])
 
     def holds(self, name: str, digest: Digest) -> bool:
         """Whether a file is on the Hub, and need not lie in the folder any more."""
@@ -66,7 +69,16 @@ class Delivery:
     def file(self, name: str, digest: Digest) -> None:
         """Upload a finished file, once the one before it is. Raises CheckpointError."""
         self._wait()
-        self._last = self._pool.submit(self._push.file, self._out / name, name, digest)
+        self._last = done = Future[bool]()
+
+        def upload() -> None:
+            try:
+                done.set_result(self._push.file(self._out / name, name, digest))
+            except BaseException as error:
+                done.set_exception(error)
+
+        # A daemon, as no process is to stay for an upload that nobody waits for.
+        Thread(target=upload, name="requant-push", daemon=True).start()
 
     def settle(self) -> Folder:
         """Wait until all files are on the Hub; where the checkpoint can be read then."""

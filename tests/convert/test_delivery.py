@@ -11,9 +11,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from requant.convert import delivery, spool
@@ -22,7 +24,7 @@ from requant.convert.claim import FILES_AT_A_TIME
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, STAGING_NAME
 from requant.convert.push import CARD_NAME, MARKER_NAME
 from requant.demo import demo_path
-from tests.helpers import CONFIG, INDEX, hashes, kept_tensors, random_weights, write_checkpoint
+from tests.helpers import CONFIG, INDEX, hashes, write_checkpoint
 from tests.hub_server import (
     CLIENT_WARNING,
     READER,
@@ -64,12 +66,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of twelve files of weights."""
-    tensors = {**random_weights(), **kept_tensors()}
-    numbers = {name: number % 12 + 1 for number, name in enumerate(sorted(tensors))}
+    """A checkpoint of twelve files of weights, as large as each other."""
+    weight = torch.randn(160, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    tensors = {f"model.layers.1.mlp.experts.{n}.up_proj.weight": weight + n for n in range(12)}
     folder = tmp_path_factory.mktemp("many") / "model"
     return write_checkpoint(
-        folder, tensors, CONFIG, lambda name: f"model-{numbers[name]:05d}-of-00012.safetensors"
+        folder, tensors, CONFIG, lambda name: f"model-{name.split('.')[5]}.safetensors"
     )
 
 
@@ -259,6 +261,20 @@ def spawner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pop
         process.kill()
 
 
+def spawn(spawner: subprocess.Popen[str], hub: HubServer, seconds: float, *args: object) -> int:
+    """Run requant in a child, with so many seconds between commits; its process id."""
+    assert spawner.stdin is not None
+    spawner.stdin.write(json.dumps([hub.endpoint, seconds, *map(str, args), "--quiet"]) + "\n")
+    spawner.stdin.flush()
+    return told(spawner)
+
+
+def told(spawner: subprocess.Popen[str]) -> int:
+    """What is told next."""
+    assert spawner.stdout is not None
+    return int(spawner.stdout.readline())
+
+
 class Moment:
     """A fault that holds the request it looks for until the process that made it is dead, and
     answers it with `then`: what was held is done, or never was."""
@@ -266,12 +282,13 @@ class Moment:
     def __init__(self, wanted: Callable[[Request], bool], then: Fault | None = None) -> None:
         self.wanted, self.then = wanted, then
         self.came, self.dead = threading.Event(), threading.Event()
+        self.late = False
 
     def __call__(self, request: Request) -> Fault | None:
         if not self.wanted(request):
             return None
         self.came.set()
-        assert self.dead.wait(60)
+        self.late = not self.dead.wait(20)
         return self.then
 
 
@@ -323,14 +340,11 @@ def test_killed_at_any_moment(
 
     fault = Moment(nth(*which), then)
     hub.fault = fault
-    assert spawner.stdin is not None and spawner.stdout is not None
-    args = ["convert", source("bf16"), out, "--to", "fp32", "--push", REPO, *options, "--quiet"]
-    spawner.stdin.write(json.dumps([hub.endpoint, seconds, *map(str, args)]) + "\n")
-    spawner.stdin.flush()
-    child = int(spawner.stdout.readline())
+    args = ["convert", source("bf16"), out, "--to", "fp32", "--push", REPO, *options]
+    child = spawn(spawner, hub, seconds, *args)
     assert fault.came.wait(60)
     os.kill(child, signal.SIGKILL)
-    assert int(spawner.stdout.readline()) == -signal.SIGKILL
+    assert told(spawner) == -signal.SIGKILL
     fault.dead.set()
     hub.fault = lambda request: None
 
@@ -345,12 +359,44 @@ def test_killed_at_any_moment(
     assert done["resumed_files"] == finished
     found = held(hub)
     assert set(found) == set(whole) and (found if keep else small(found)) == lying(out)
-    told = CARD_NAME, MANIFEST_NAME  # which name the repository
-    assert all(found[name] == whole[name] for name in set(whole) - set(told))
+    differing = {CARD_NAME, MANIFEST_NAME}  # which name the repository
+    assert all(found[name] == whole[name] for name in set(whole) - differing)
     uploads = puts(hub)[sent:]
     assert len(uploads) == len(set(uploads)) == 4
     assert invoke("download", REPO, tmp_path / "back").exit_code == 0
     assert invoke("verify", tmp_path / "back", "--checksums").exit_code == 0
+
+
+def test_ctrl_c_does_not_wait_for_an_upload(
+    hub: HubServer, spawner: subprocess.Popen[str], source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    hub.fault = fault = Moment(nth(1, "PUT", ""), Cut(0))
+    args = ["convert", source("bf16"), tmp_path / "out", "--to", "fp32", "--push", REPO]
+    child = spawn(spawner, hub, 0, *args)
+    assert fault.came.wait(60)
+    os.kill(child, signal.SIGINT)
+    assert told(spawner) == 130 and not fault.late
+    fault.dead.set()
+    assert push(source("bf16"), tmp_path / "out")["resumed_files"] >= 1
+    assert held(hub) == lying(tmp_path / "out")
+
+
+def test_less_room_is_enough_without_keeping(
+    hub: HubServer, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = json.loads(invoke("plan", many, "--to", "fp32", "--json").stdout)
+    free = plan["written_bytes"] // 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    out, seen = tmp_path / "out", []
+
+    def look(request: Request) -> None:
+        seen.append(sum(sizes(out).values()))
+
+    hub.fault = look
+    args = [many, out, "--to", "fp32", "--push", REPO]
+    refuse(*args, error=f"bytes are to be written, {free} are free; make room")
+    push(many, out, "--no-keep")
+    assert 0 < max(seen) <= free
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["keep", "no-keep"])
