@@ -118,7 +118,7 @@ def leaving_behind(journal: Journal, created: bool) -> Iterator[Journal]:
         yield journal
     except BaseException:
         with contextlib.suppress(OSError):  # never instead of the error that led here
-            if os.listdir(journal.out) == [JOURNAL_NAME]:
+            if not journal.finished and os.listdir(journal.out) == [JOURNAL_NAME]:
                 journal.remove()
                 if created:
                     journal.out.rmdir()

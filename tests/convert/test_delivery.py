@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from requant.convert import delivery, spool
+from requant.convert import delivery, run, spool
 from requant.convert import hub as convert_hub
 from requant.convert.claim import FILES_AT_A_TIME
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, STAGING_NAME
@@ -315,11 +315,13 @@ MOMENTS: dict[str, tuple[tuple[int, str, str], Fault | None, float]] = {
     "committed, not heard of": ((2, "POST", "/commit/"), None, 0),
     "all weights but no config": ((4, "POST", "/commit/"), Status(503), 0),
     "the last commit": ((4, "POST", "/commit/"), None, 0),
+    "read again from the Hub": ((1, "GET", "/resolve/"), None, 0),
 }
+#: Those with a folder that keeps its files, which is read from the disk; and all.
+KILLS = [(moment, True) for moment in list(MOMENTS)[:-1]] + [(moment, False) for moment in MOMENTS]
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "no-keep"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("moment", "keep"), KILLS)
 def test_killed_at_any_moment(
     moment: str,
     keep: bool,
@@ -346,6 +348,7 @@ def test_killed_at_any_moment(
     os.kill(child, signal.SIGKILL)
     assert told(spawner) == -signal.SIGKILL
     fault.dead.set()
+    assert hub.requests  # what was held is done
     hub.fault = lambda request: None
 
     left = lying(out) if out.exists() else {}
@@ -381,6 +384,36 @@ def test_ctrl_c_does_not_wait_for_an_upload(
     assert held(hub) == lying(tmp_path / "out")
 
 
+def test_files_that_are_gone_are_not_made_again(
+    hub: HubServer, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nothing but the journal is left in the folder."""
+    monkeypatch.setattr(delivery, "SHORT_SECONDS", 0.0)
+    write, started, gone = run._write_group, 0, threading.Event()
+
+    def interrupted(*args: Any) -> None:
+        nonlocal started
+        started += 1
+        if started == 3:
+            assert gone.wait(20)
+            raise KeyboardInterrupt
+        write(*args)
+
+    def committed(self: delivery.Delivery, name: str) -> None:
+        remove(self, name)
+        if hub.head(REPO).title.endswith("model-1.safetensors"):
+            gone.set()
+
+    remove = delivery.Delivery._committed
+    monkeypatch.setattr(delivery.Delivery, "_committed", committed)
+    monkeypatch.setattr(run, "_write_group", interrupted)
+    args = [many, tmp_path / "out", "--to", "fp32", "--push", REPO, "--no-keep"]
+    refuse(*args, error="interrupted; repeat the command to continue", exit=130)
+    assert list(lying(tmp_path / "out")) == [JOURNAL_NAME]
+    monkeypatch.setattr(run, "_write_group", write)
+    assert push(many, tmp_path / "out", "--no-keep")["resumed_files"] == 2
+
+
 def test_less_room_is_enough_without_keeping(
     hub: HubServer, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +441,7 @@ def test_nothing_is_published_that_fails_its_check(
     done = invoke(*args, "--verify", "--max-kl", "0", *options)
     assert done.exit_code == 1 and "FAIL" in done.stdout
     said = f"verify says no: {REPO} gets no config.json and no card"
-    assert done.stderr.splitlines()[-1] == said
+    assert done.stderr.splitlines()[-1] == said and "uploaded" not in done.output
     weights = {name for name in lying(demo_path()) if name.endswith(".safetensors")}
     assert set(held(hub)) == {MARKER_NAME, *weights}
     assert (len(lying(out)) - len(small(lying(out)))) == (4 if keep else 0)
