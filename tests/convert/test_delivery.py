@@ -506,11 +506,15 @@ def test_ranks(keep: bool, layout: str, hub: HubServer, tmp_path: Path) -> None:
 
 
 def test_from_the_hub_to_the_hub(
-    hub: HubServer, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+    hub: HubServer,
+    source: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    waits: list[float],
 ) -> None:
     monkeypatch.setattr(spool, "CHUNK_BYTES", 1 << 14)
     monkeypatch.setattr(convert_hub, "LEAST_BYTES", 6 << 14)
-    hub.add("org/model", many)
+    hub.add("org/model", source("bf16"))
     cuts = random_cuts(5, 6, least_bytes=2000)
     faults = [
         first(2, Status(429, retry_after=7), "POST", "/commit/"),
@@ -526,18 +530,18 @@ def test_from_the_hub_to_the_hub(
         return cuts(request) or next(filter(None, (fault(request) for fault in faults)), None)
 
     hub.fault = fault
-    document = push("org/model", out, "--no-keep", "--disk", "300KB")
+    document = push("org/model", out, "--no-keep", "--disk", "100KB")
     hub.fault = lambda request: None
 
     assert max(files for files, _ in seen) <= FILES_AT_A_TIME
-    assert 0 < max(staged for _, staged in seen) <= 300_000
+    assert 0 < max(staged for _, staged in seen) <= 100_000
     assert small(held(hub)) == lying(out) and 7.0 in waits
     revision = hub.head("org/model").sha
     assert document["source"] == f"org/model@{revision}"
     metadata = yaml.safe_load(held(hub)[CARD_NAME].decode().split("---\n")[1])
     assert metadata["base_model"] == "org/model"
     alone = tmp_path / "alone"
-    assert invoke("convert", many, alone, "--to", "fp32").exit_code == 0
+    assert invoke("convert", source("bf16"), alone, "--to", "fp32").exit_code == 0
     for name in set(held(hub)) - {CARD_NAME, MANIFEST_NAME}:
         assert held(hub)[name] == (alone / name).read_bytes(), name
 
@@ -554,6 +558,9 @@ def test_a_hub_that_stays_away_is_no_damage(
     hub.fault = first(1000, Status(503), "POST", "/commit/")
     refuse(*args, error=f"error: {REPO}: the Hub answers 503")
     hub.fault = lambda request: None
+    last = tmp_path / "out" / "model-00003-of-00003.safetensors"
+    last.rename(tmp_path / "last")
+    last.write_bytes(b"short")
+    refuse(*args, error=f"is damaged now; remove it and repeat the command: {last.name} is not")
+    (tmp_path / "last").rename(last)
     assert push(*args[:2])["resumed_files"] == 3 and held(hub) == lying(tmp_path / "out")
-    (tmp_path / "out" / "model-00002-of-00003.safetensors").write_bytes(b"short")
-    refuse(*args, error="was finished, and is damaged now; remove it and repeat the command")
