@@ -414,22 +414,33 @@ def test_files_that_are_gone_are_not_made_again(
     assert push(many, tmp_path / "out", "--no-keep")["resumed_files"] == 2
 
 
+@pytest.mark.parametrize("layout", [None, "hf", "deepseek"])
 def test_less_room_is_enough_without_keeping(
-    hub: HubServer, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: str | None,
+    hub: HubServer,
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plan = json.loads(invoke("plan", many, "--to", "fp32", "--json").stdout)
-    free = plan["written_bytes"] // 2
+    free, out, seen = 0, tmp_path / "out", []
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-    out, seen = tmp_path / "out", []
+    args = [many, out, "--to", "fp32", "--push", f"{REPO}@less"]
+    if layout is not None:
+        args = ["demo", out, "--to", "bf16", "--push", REPO, "--ranks", 2, "--layout", layout]
+
+    def needed(*more: str) -> int:
+        done = invoke("convert", *args, *more)
+        assert done.exit_code == 2 and "are free; make room or choose another disk" in done.stderr
+        return int(done.stderr.partition(" bytes are to be written")[0].rpartition(" ")[2])
 
     def look(request: Request) -> None:
         seen.append(sum(sizes(out).values()))
 
+    whole, free = needed(), needed("--no-keep")
     hub.fault = look
-    args = [many, out, "--to", "fp32", "--push", REPO]
-    refuse(*args, error=f"bytes are to be written, {free} are free; make room")
-    push(many, out, "--no-keep")
-    assert 0 < max(seen) <= free
+    assert invoke("convert", *args, "--no-keep").exit_code == 0
+    beside = 1 << 14  # the journal, and what the last block of a file has too many
+    assert 0 < max(seen) <= free + beside and (layout is not None or free < whole / 2)
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["keep", "no-keep"])
