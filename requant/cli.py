@@ -206,9 +206,12 @@ def convert_command(
         if verify:
             written = Folder(out) if delivery is None else delivery.settle()
             result["verify"] = verify_sides(folder, written, max_kl, device, output)
-        if delivery is not None:
+        if delivery is not None and (not verify or result["verify"]["ok"]):
             result["pushed"] = delivery.publish(result.get("verify"))
             output.status(f"uploaded to {result['pushed']}")
+        elif delivery is not None:
+            result["pushed"] = None
+            output.status(f"verify says no: {pushing.push} gets no config.json and no card")
     if verify:
         judge(result["verify"], result, output)
     elif output.json:
@@ -285,7 +288,10 @@ def verify_command(
     if checksums:
         if any(given is not None for given in (out, max_kl, tokens, text, device)):
             raise RequantError("--checksums takes one folder and no other option")
-        judge_checksums(open_source(source).path, output)
+        folder = open_source(source)
+        if folder.disk_bytes(None):
+            raise RequantError(f"--checksums hashes files on this disk; download {source} first")
+        judge_checksums(folder.path, output)
         return
     if out is None:
         raise RequantError("give SRC and OUT, or --checksums and one folder")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from requant.convert.claim import Receiver
+from requant.convert.claim import Receiver, has
 from requant.convert.folder import CONFIG_NAME, Folder
 from requant.convert.journal import JOURNAL_NAME, Digest, read_manifest
 from requant.convert.plan import Plan, PlannedFile
@@ -19,19 +19,24 @@ from requant.errors import CheckpointError, RequantError
 def check_finished(plan: Plan, out: Path, receiver: Receiver | None) -> None:
     """Raise when a finished OUT is no longer what was written, as far as its headers show. What was
     not handed over yet is."""
+    damaged = f"{out}: was finished, and is damaged now; remove it and repeat the command"
+    folder = Folder(out)
+    if receiver is not None:  # whose own errors are no damage
+        recorded = (read_manifest(out) or {})["written"]
+        written = {file.name: Digest(**recorded[file.name]) for file in plan.files}
+        for name, digest in written.items():
+            if not has(out, name, digest, receiver):
+                raise CheckpointError(f"{damaged}: {name} is not there as {digest.nbytes} bytes")
+        for name, digest in written.items():
+            receiver.file(name, digest)
+        folder = receiver.settle()
     try:
-        if receiver is not None:
-            written = (read_manifest(out) or {})["written"]
-            for file in plan.files:
-                receiver.file(file.name, Digest(**written[file.name]))
-        check_output(plan, Folder(out) if receiver is None else receiver.settle())
+        check_output(plan, folder)
         missing = [name for name in side_files(plan.source.path) if not (out / name).is_file()]
         if missing:
             raise CheckpointError(f"{out / missing[0]}: is missing")
     except RequantError as error:
-        raise CheckpointError(
-            f"{out}: was finished, and is damaged now; remove it and repeat the command: {error}"
-        ) from error
+        raise CheckpointError(f"{damaged}: {error}") from error
     (out / JOURNAL_NAME).unlink(missing_ok=True)  # of a run that was killed at its last step
 
 

@@ -21,7 +21,8 @@ from requant.convert.plan import Plan
 from requant.convert.writer import PARTIAL_SUFFIX, json_bytes, side_files, writing
 from requant.errors import CheckpointError
 
-#: Files that lie in OUT at a time, at most, where finished ones are taken from it.
+#: Files that lie in OUT at a time, at most, where finished ones are taken from it; more where those
+#: of several ranks are written together.
 FILES_AT_A_TIME = 4
 
 
@@ -90,13 +91,15 @@ def require_room(
         if file.name not in kept:
             with writing(out):
                 (out / (file.name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-    documents = plan.config, *plan.documents.values()
-    needed = plan.written_bytes + sum(len(json_bytes(document)) for document in documents)
-    needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
-    needed -= sum(facts.written.nbytes for facts in journal.finished.values())
+    needed = plan.written_bytes - sum(facts.written.nbytes for facts in journal.finished.values())
     needed -= sum(nbytes for name, nbytes in kept.items() if name not in journal.finished)
     if receiver is not None and not receiver.keeps:
-        needed = min(needed, FILES_AT_A_TIME * max(file.nbytes for file in plan.files))
+        waiting = (FILES_AT_A_TIME - 1) * max(file.nbytes for file in plan.files)
+        together = max(sum(file.nbytes for file in group.files) for group in plan.groups)
+        needed = min(needed, waiting + together)
+    documents = plan.config, *plan.documents.values()
+    needed += sum(len(json_bytes(document)) for document in documents)
+    needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
     staged = [path.stat().st_size for path in (out / STAGING_NAME).rglob("*") if path.is_file()]
     needed += max(0, plan.source.folder.disk_bytes(disk) - sum(staged))
     free = shutil.disk_usage(out).free
@@ -115,7 +118,7 @@ def leaving_behind(journal: Journal, created: bool) -> Iterator[Journal]:
         yield journal
     except BaseException:
         with contextlib.suppress(OSError):  # never instead of the error that led here
-            if os.listdir(journal.out) == [JOURNAL_NAME]:
+            if not journal.finished and os.listdir(journal.out) == [JOURNAL_NAME]:
                 journal.remove()
                 if created:
                     journal.out.rmdir()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
+from requant.convert.claim import FILES_AT_A_TIME
 from requant.convert.documents import SourceTexts
 from requant.convert.folder import Folder
 from requant.convert.hub import HubFolder, Repository
@@ -16,7 +18,7 @@ from requant.convert.inspect import inspect
 from requant.convert.journal import MANIFEST_NAME, Digest, read_manifest
 from requant.convert.model_card import model_card
 from requant.convert.plan import Plan
-from requant.convert.push import CARD_NAME, COMMIT_SECONDS, Push
+from requant.convert.push import CARD_NAME, COMMIT_SECONDS, MAX_PENDING, Push
 from requant.convert.source import Checkpoint
 from requant.convert.writer import write_bytes, write_json, writing
 from requant.errors import CheckpointError
@@ -42,8 +44,9 @@ class Delivery:
             overwrite=overwrite,
             on_committed=self._committed,
             commit_seconds=COMMIT_SECONDS if keeps else SHORT_SECONDS,
+            # Besides those that wait, one is being written.
+            max_pending=MAX_PENDING if keeps else FILES_AT_A_TIME - 1,
         )
-        self._pool = ThreadPoolExecutor(1, "requant-push")
         self._last: Future[bool] | None = None
 
     def __enter__(self) -> Delivery:
@@ -55,7 +58,10 @@ class Delivery:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        """Wait for the upload that is under way, unless somebody presses Ctrl-C: the next run makes
+        it anew."""
+        if self._last is not None and not isinstance(error, KeyboardInterrupt):
+            wait([self._last])
 
     def holds(self, name: str, digest: Digest) -> bool:
         """Whether a file is on the Hub, and need not lie in the folder any more."""
@@ -64,7 +70,16 @@ class Delivery:
     def file(self, name: str, digest: Digest) -> None:
         """Upload a finished file, once the one before it is. Raises CheckpointError."""
         self._wait()
-        self._last = self._pool.submit(self._push.file, self._out / name, name, digest)
+        self._last = done = Future[bool]()
+
+        def upload() -> None:
+            try:
+                done.set_result(self._push.file(self._out / name, name, digest))
+            except BaseException as error:
+                done.set_exception(error)
+
+        # A daemon, as no process is to stay for an upload that nobody waits for.
+        Thread(target=upload, name="requant-push", daemon=True).start()
 
     def settle(self) -> Folder:
         """Wait until all files are on the Hub; where the checkpoint can be read then."""
@@ -91,8 +106,7 @@ class Delivery:
         # The folder is what the repository is, so that its checksums hold for both.
         digest = write_bytes(self._out / CARD_NAME, card.encode())
         manifest["written"][CARD_NAME] = asdict(digest)
-        if manifest["source_repo"] is None:  # where it lies on this disk is nobody's business
-            manifest["source"] = Path(manifest["source"]).name
+        manifest |= _published(manifest)
         write_json(self._out / MANIFEST_NAME, manifest)
         weights = {file.name for file in self._plan.files}
         self._push.finish(self._out, [*set(manifest["written"]) - weights, MANIFEST_NAME], card)
@@ -107,3 +121,10 @@ class Delivery:
     def _wait(self) -> None:
         if self._last is not None:
             self._last.result()
+
+
+def _published(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Source and recipe, without where they lie on this disk, which is nobody's business."""
+    repo, revision = manifest["source_repo"], manifest["source_revision"]
+    source = Path(manifest["source"]).name if repo is None else f"{repo}@{revision}"
+    return {"source": source, "recipe": Path(manifest["recipe"]).name}

@@ -87,16 +87,19 @@ class Push:
         overwrite: bool = False,
         on_committed: Callable[[str], None] = lambda name: None,
         commit_seconds: float = COMMIT_SECONDS,
+        max_pending: int = MAX_PENDING,
     ) -> None:
         """Check that we may write there, before anything is converted.
 
         `key` identifies the conversion (Plan.key): a branch that holds another model is refused
         unless `overwrite`. `private` is for a repository that is to be created; one that exists
         must be private then. `on_committed` is told the name of each file that is safe on the Hub.
+        At most `max_pending` files wait for a commit, `commit_seconds` at most while others come.
         """
         self.target, self.key = target, key
         self.repo, self.branch = _parsed(target)
-        self._on_committed, self._commit_seconds = on_committed, commit_seconds
+        self._on_committed = on_committed
+        self._commit_seconds, self._max_pending = commit_seconds, max_pending
         self._api = HfApi(library_name="requant", library_version=requant.__version__)
         self._pending: dict[str, _File] = {}
         self._sent: dict[str, CommitOperationAdd] = {}
@@ -147,7 +150,7 @@ class Push:
         self._sent[name] = self._call(lambda: self._send(file.added(name)), name)
         self._pending[name] = file
         waited = time.monotonic() - self._last_commit
-        if waited >= self._commit_seconds or len(self._pending) >= MAX_PENDING:
+        if waited >= self._commit_seconds or len(self._pending) >= self._max_pending:
             self.flush()
         return name not in self._pending
 

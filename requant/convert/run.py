@@ -259,13 +259,14 @@ def _complete(
     receiver: Receiver | None,
 ) -> None:
     """Side files, index, check, config, manifest: the folder becomes loadable only here."""
+    folder = Folder(out) if receiver is None else receiver.settle()
     written = {name: facts.written for name, facts in journal.finished.items()}
     written |= copy_side_files(plan.source.path, out)
     for name, document in plan.documents.items():
         written[name] = write_json(out / name, document)
     written[CONFIG_NAME] = write_json(out / CONFIG_NAME, plan.config)
     try:
-        check_output(plan, Folder(out) if receiver is None else receiver.settle())
+        check_output(plan, folder)
     except BaseException:
         (out / CONFIG_NAME).unlink(missing_ok=True)
         raise

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import hf_raise_for_status
 
-from requant.convert import push, retries
+from requant.convert import retries
 from requant.convert.journal import Digest
 from requant.convert.push import MARKER_NAME, Push
 from requant.errors import CheckpointError
@@ -123,11 +123,8 @@ def test_commits_come_by_the_clock(hub: HubServer, out: Path) -> None:
     assert len(titles(hub)) == 4
 
 
-def test_a_full_batch_is_committed(
-    hub: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(push, "MAX_PENDING", 2)
-    with Push(REPO, "key", commit_seconds=NEVER) as pushing:
+def test_a_full_batch_is_committed(hub: HubServer, out: Path) -> None:
+    with Push(REPO, "key", commit_seconds=NEVER, max_pending=2) as pushing:
         assert [send(pushing, out, number) for number in range(3)] == [True, False, True]
 
 
