@@ -603,3 +603,21 @@ def test_what_was_begun_and_is_nothing_yet(hub: HubServer, out: Path) -> None:
     out.mkdir()
     assert invoke("convert", REPO, out, "--to", "bf16", "--disk", 1).exit_code == 2
     assert list(out.iterdir()) == [] and not (out / JOURNAL_NAME).exists()
+
+
+def test_a_header_that_came_damaged_is_noticed_when_its_file_is_read(
+    hub: HubServer, out: Path, local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A letter of what nothing else looks at: the pass over the file brings the truth."""
+    read = Repository.read
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Repository,
+            "read",
+            lambda *asked: read(*asked).replace(b'"format":"pt"', b'"format":"tp"'),
+        )
+        told = refused("convert", REPO, out, "--to", "bf16")
+    assert f"{FILES[0]}: its header came differently when it was fetched again" in told
+    assert nothing_looks_complete(out)
+    done("convert", REPO, out, "--to", "bf16")
+    assert outcome(out) == local()
