@@ -139,7 +139,7 @@ def serve(source: Path, log: Path, seed: int, cuts: int, share: float) -> None:
     """Serve a checkpoint until this process is terminated; what was sent is logged all the time.
     `cuts` answers are cut, each with the probability `share`."""
     sys.path.insert(0, str(ROOT))
-    from tests.hub_server import Cut, Fault, HubServer, Request, random_cuts
+    from tests.hub.server import Cut, Fault, HubServer, Request, random_cuts
 
     reset = random_cuts(seed, cuts, share)
     done = [0]
@@ -170,7 +170,7 @@ def _told(log: Path) -> tuple[int, int]:
 
 def _environment(endpoint: str, home: Path) -> dict[str, str]:
     sys.path.insert(0, str(ROOT))
-    from tests.hub_server import environment
+    from tests.hub.server import environment
 
     return environment(endpoint, home)
 

@@ -36,8 +36,8 @@ from requant.output import Output, error, plain
 from requant.places import compute_device, download, kept_source, open_source
 
 if TYPE_CHECKING:
-    from requant.convert.delivery import Delivery
     from requant.convert.plan import Plan
+    from requant.hub.delivery import Delivery
 
 app = typer.Typer(
     name="requant",

@@ -23,9 +23,9 @@ from requant.places import compute_device
 
 if TYPE_CHECKING:
     from requant.convert.claim import Receiver
-    from requant.convert.delivery import Delivery
     from requant.convert.folder import Folder
     from requant.convert.plan import Plan
+    from requant.hub.delivery import Delivery
 
 Source = Annotated[
     str,
@@ -344,7 +344,7 @@ class Pushing:
         """Who uploads the files of a plan, if that was asked for."""
         if self.push is None:
             return None
-        from requant.convert.delivery import Delivery
+        from requant.hub.delivery import Delivery
 
         return Delivery(
             plan, out, self.push,

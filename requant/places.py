@@ -30,8 +30,8 @@ def open_source(source: str, out: Path | None = None) -> Folder:
         local = True
     if local or REPOSITORY.fullmatch(source) is None:
         return Folder(path)
-    from requant.convert.hub import open_repository
     from requant.convert.journal import begun_with
+    from requant.hub.repository import open_repository
 
     try:
         return open_repository(source, None if out is None else begun_with(out))
@@ -66,7 +66,7 @@ def download(repo: str, folder: Path, output: Output) -> dict[str, Any]:
         from requant.demo import write_demo
 
         return write_demo(folder)
-    from requant.convert import download as hub
+    from requant.hub import download as hub
 
     return hub.download(repo, folder, lambda nbytes: output.progress(nbytes, "download"))
 

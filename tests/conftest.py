@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,3 +31,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return make_source(tmp_path_factory.mktemp("source") / "model", format_text)
 
     return get
+
+
+@pytest.fixture
+def folder(source: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint to edit."""
+    return shutil.copytree(source("fp8-block"), tmp_path / "model")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A place to write to."""
+    return tmp_path / "out"

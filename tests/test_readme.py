@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from requant.demo import demo_path
-from tests.hub_server import WRITER, HubServer, environment
+from tests.hub.server import WRITER, HubServer, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-import requant.convert.hub as hub_module
-import requant.convert.spool as spool
-from requant.convert.hub import HubFolder, Repository
+import requant.hub.repository as hub_module
+import requant.hub.spool as spool
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, STAGING_NAME
 from requant.convert.source import Checkpoint
-from tests.convert.hubs import (
+from requant.hub.repository import HubFolder, Repository
+from tests.convert.team import launched, together
+from tests.helpers import INDEX, hashes, load, make_source, write_checkpoint
+from tests.hub.hubs import (
     CHUNK,
     FILES,
     LEAST,
@@ -36,10 +38,8 @@ from tests.convert.hubs import (
     small_hub,
     staged_bytes,
 )
-from tests.convert.team import launched, together
-from tests.helpers import INDEX, hashes, load, make_source, write_checkpoint
-from tests.hub_repos import Blob
-from tests.hub_server import (
+from tests.hub.repos import Blob
+from tests.hub.server import (
     Corrupt,
     Cut,
     Fault,

@@ -4,7 +4,7 @@ Models only. Large files are answered with a redirect to another origin with a l
 the Hub's CDN does. Sources: huggingface_hub 2.4 (hf_api.py, _commit_api.py, lfs.py, utils/_http.py)
 and the Git LFS batch API (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md).
 
-`python -m tests.hub_server org/name=FOLDER ... [--cuts N --seed S]` serves folders until it
+`python -m tests.hub.server org/name=FOLDER ... [--cuts N --seed S]` serves folders until it
 is terminated; its first line of output is the endpoint.
 """
 
@@ -26,8 +26,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import close_session
 
-from tests.hub_answers import Listener
-from tests.hub_faults import (
+from tests.hub.answers import Listener
+from tests.hub.faults import (
     Corrupt,
     Cut,
     Fault,
@@ -40,7 +40,7 @@ from tests.hub_faults import (
     first,
     random_cuts,
 )
-from tests.hub_repos import Blob, Commit, Content, Repo, content_files
+from tests.hub.repos import Blob, Commit, Content, Repo, content_files
 
 __all__ = [
     "CLIENT_WARNING",
@@ -195,7 +195,7 @@ def environment(server_endpoint: str, home: Path) -> dict[str, str]:
 
 def main() -> None:
     """Serve folders."""
-    parser = argparse.ArgumentParser(prog="python -m tests.hub_server")
+    parser = argparse.ArgumentParser(prog="python -m tests.hub.server")
     parser.add_argument("repos", nargs="+", metavar="ORG/NAME=FOLDER")
     parser.add_argument("--cuts", type=int, default=0, help="downloads to cut at random")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What can go wrong with an answer of the test Hub (hub_server.py), on purpose."""
+"""What can go wrong with an answer of the test Hub (server.py), on purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the test Hub (hub_server.py) answers: connections, bodies, faults."""
+"""How the test Hub (server.py) answers: connections, bodies, faults."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_faults import Corrupt, Cut, Fault, Slow, Stall, Status, WrongLength
-from tests.hub_repos import Blob, Content
+from tests.hub.faults import Corrupt, Cut, Fault, Slow, Stall, Status, WrongLength
+from tests.hub.repos import Blob, Content
 
 if TYPE_CHECKING:
-    from tests.hub_server import HubServer
+    from tests.hub.server import HubServer
 
 CHUNK = 1 << 20
 #: Steps a second of a slow answer.
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_GET(self) -> None:  # noqa: N802
-        from tests.hub_routes import route  # it builds on this module
+        from tests.hub.routes import route  # it builds on this module
 
         self.hub = self.server.hub
         path = urlsplit(self.path)

@@ -19,10 +19,10 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from requant.convert.folder import TRACE_NAME, Folder
 from requant.convert.source import Checkpoint
-from tests.convert.hubs import FILES, REPO, bodies, done, first_byte, invoke, refused, small_hub
 from tests.convert.team import PATIENCE_SECONDS, wait_until
 from tests.helpers import INDEX, SIDE_FILES, hashes, make_source
-from tests.hub_server import (
+from tests.hub.hubs import FILES, REPO, bodies, done, first_byte, invoke, refused, small_hub
+from tests.hub.server import (
     Corrupt,
     Cut,
     Fault,

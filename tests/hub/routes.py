@@ -1,4 +1,4 @@
-"""What the test Hub (hub_server.py) knows to answer: the Hub's API for models."""
+"""What the test Hub (server.py) knows to answer: the Hub's API for models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from urllib.parse import parse_qs, quote
 
 import yaml
 
-from tests.hub_answers import Handler, Refusal
-from tests.hub_repos import GITATTRIBUTES, Blob, Commit, Repo, is_lfs
+from tests.hub.answers import Handler, Refusal
+from tests.hub.repos import GITATTRIBUTES, Blob, Commit, Repo, is_lfs
 
 DATE = "2026-01-01T00:00:00.000Z"
 

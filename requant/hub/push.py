@@ -41,8 +41,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 import requant
 from requant.convert.folder import CONFIG_NAME
 from requant.convert.journal import MANIFEST_NAME, Digest
-from requant.convert.retries import attempt
 from requant.errors import CheckpointError
+from requant.hub.retries import attempt
 
 #: Says in an unfinished repository which conversion is being uploaded to it.
 MARKER_NAME = ".requant-push.json"

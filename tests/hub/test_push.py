@@ -11,11 +11,11 @@ import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import hf_raise_for_status
 
-from requant.convert import retries
 from requant.convert.journal import Digest
-from requant.convert.push import MARKER_NAME, Push
 from requant.errors import CheckpointError
-from tests.hub_server import (
+from requant.hub import retries
+from requant.hub.push import MARKER_NAME, Push
+from tests.hub.server import (
     CLIENT_WARNING,
     READER,
     WRITER,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, hf_hub_url
 
-import requant.convert.retries as retries
-from requant.convert.fetch import fetch
-from requant.convert.retries import QUICK_ATTEMPTS, attempt
+import requant.hub.retries as retries
 from requant.errors import CheckpointError
-from tests.hub_server import (
+from requant.hub.fetch import fetch
+from requant.hub.retries import QUICK_ATTEMPTS, attempt
+from tests.hub.server import (
     Corrupt,
     Cut,
     Fault,

@@ -23,9 +23,9 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from requant.convert.folder import CONFIG_NAME, TRACE_NAME
-from requant.convert.hub import HubFile, Repository, repository_name
 from requant.convert.writer import PARTIAL_SUFFIX, sync_folder, writing
 from requant.errors import CheckpointError
+from requant.hub.repository import HubFile, Repository, repository_name
 
 #: How many files are fetched at a time.
 CONNECTIONS = 4

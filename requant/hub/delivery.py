@@ -13,15 +13,15 @@ from typing import Any
 from requant.convert.claim import FILES_AT_A_TIME
 from requant.convert.documents import SourceTexts
 from requant.convert.folder import Folder
-from requant.convert.hub import HubFolder, Repository
 from requant.convert.inspect import inspect
 from requant.convert.journal import MANIFEST_NAME, Digest, read_manifest
-from requant.convert.model_card import model_card
 from requant.convert.plan import Plan
-from requant.convert.push import CARD_NAME, COMMIT_SECONDS, MAX_PENDING, Push
 from requant.convert.source import Checkpoint
 from requant.convert.writer import write_bytes, write_json, writing
 from requant.errors import CheckpointError
+from requant.hub.model_card import model_card
+from requant.hub.push import CARD_NAME, COMMIT_SECONDS, MAX_PENDING, Push
+from requant.hub.repository import HubFolder, Repository
 
 #: Seconds between commits where files wait on the disk for theirs.
 SHORT_SECONDS = 30.0

@@ -1,4 +1,4 @@
-"""The repositories of the test Hub (hub_server.py): files, commits, branches, who may do what."""
+"""The repositories of the test Hub (server.py): files, commits, branches, who may do what."""
 
 from __future__ import annotations
 

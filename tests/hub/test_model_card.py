@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard, metadata_load
 
 from requant.convert.documents import SourceTexts
 from requant.convert.inspect import inspect
-from requant.convert.model_card import model_card
 from requant.convert.plan import make_plan
 from requant.convert.recipe import default_recipe
 from requant.convert.run import Runtime, convert
 from requant.convert.source import Checkpoint
+from requant.hub.model_card import model_card
 
 HUB = {"source_repo": "deepseek-ai/DeepSeek-V3", "source_revision": "e815299" + "0" * 33}
 VERDICT: dict[str, Any] = {

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import requant.convert.spool as spool
-from requant.convert.spool import CONNECTIONS, Spool, remove, require_agreement
+import requant.hub.spool as spool
 from requant.errors import CheckpointError
-from tests.convert.hubs import staged_bytes
+from requant.hub.spool import CONNECTIONS, Spool, remove, require_agreement
+from tests.hub.hubs import staged_bytes
 
 CHUNK = 1000
 LEAST = (CONNECTIONS + 2) * CHUNK

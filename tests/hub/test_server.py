@@ -31,7 +31,7 @@ from huggingface_hub.utils import (
     http_stream_backoff,
 )
 
-from tests.hub_server import (
+from tests.hub.server import (
     CLIENT_WARNING,
     READER,
     WRITER,
@@ -343,7 +343,7 @@ def test_random_cuts_are_the_same_for_a_seed(hub: HubServer) -> None:
 
 def test_as_a_process(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"{}")
-    command = [sys.executable, "-m", "tests.hub_server", f"{REPO}={tmp_path}", "--cuts", "1"]
+    command = [sys.executable, "-m", "tests.hub.server", f"{REPO}={tmp_path}", "--cuts", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         endpoint = process.stdout.readline().strip()

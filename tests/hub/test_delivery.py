@@ -18,14 +18,15 @@ import pytest
 import torch
 import yaml
 
-from requant.convert import delivery, run, spool
-from requant.convert import hub as convert_hub
+from requant.convert import run
 from requant.convert.claim import FILES_AT_A_TIME
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, STAGING_NAME
-from requant.convert.push import CARD_NAME, MARKER_NAME
 from requant.demo import demo_path
+from requant.hub import delivery, spool
+from requant.hub import repository as convert_hub
+from requant.hub.push import CARD_NAME, MARKER_NAME
 from tests.helpers import CONFIG, INDEX, hashes, write_checkpoint
-from tests.hub_server import (
+from tests.hub.server import (
     CLIENT_WARNING,
     READER,
     WRITER,
@@ -229,8 +230,9 @@ def test_few_files_lie_in_the_folder_at_a_time(
 SPAWNER = r"""
 import json, os, sys
 import huggingface_hub, torch
-from requant.convert import delivery, inspect, model_card, run
 from requant.cli import main
+from requant.convert import inspect, run
+from requant.hub import delivery, model_card
 torch.set_num_threads(1)
 URL = "/{repo_id}/resolve/{revision}/{filename}"
 for line in sys.stdin:

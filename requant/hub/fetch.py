@@ -18,7 +18,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
-from requant.convert.retries import pause
+from requant.hub.retries import pause
 
 #: How often in a row a request may bring nothing.
 ATTEMPTS = 8

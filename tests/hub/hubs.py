@@ -13,16 +13,16 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
-import requant.convert.hub as hub_module
 import requant.convert.readahead as readahead
 import requant.convert.reader as reader
-import requant.convert.retries as retries
-import requant.convert.spool as spool
 import requant.convert.steps as steps
+import requant.hub.repository as hub_module
+import requant.hub.retries as retries
+import requant.hub.spool as spool
 from requant.cli import app
 from requant.convert.journal import STAGING_NAME
-from tests.hub_faults import Fault, Faults, Request
-from tests.hub_server import HubServer, reached
+from tests.hub.faults import Fault, Faults, Request
+from tests.hub.server import HubServer, reached
 
 REPO = "org/model"
 FILES = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

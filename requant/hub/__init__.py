@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: checkpoints that are read from there, and results that go there."""
