@@ -8,7 +8,6 @@ target can hold the scales. Mostly the two formats alone decide; where the scale
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +22,8 @@ from requant.quant.plain import Plain
 
 #: Of fewer scales, random ones say too little: they are read instead, which costs nothing.
 _FEW_SCALES = 4096
+#: Times as wide, any weight has more bytes of codes than of scales.
+_WIDER = 1024
 #: Rows that are tried before all.
 _FEW_ROWS = 128
 
@@ -65,10 +66,9 @@ def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kep
     few = math.lcm(_FEW_ROWS, stored.row_alignment(cols), target.row_alignment(cols))
     alone = target.two_pass or few >= rows  # a scale of the whole tensor may need all of it
     for stop in (rows,) if alone else (few, rows):
-        specs = stored.specs(stop, cols)
         scales = {
             part: source.read_part(weight.parts[part], spec, 0, stop)
-            for part, spec in _without_codes(specs).items()
+            for part, spec in _without_codes(stored, (stop, cols)).items()
         }
         try:
             target.pack(stored.unpack(scales, (stop, cols)), (stop, cols))
@@ -80,8 +80,8 @@ def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kep
 @lru_cache(maxsize=1024)
 def _always(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
     """Whether `target` takes codes of `stored` whatever the scales are: tried with wild ones."""
-    specs = stored.specs(*shape)
-    if max(math.prod(spec.shape) for spec in _without_codes(specs).values()) < _FEW_SCALES:
+    scales = _without_codes(stored, shape)
+    if max(math.prod(spec.shape) for spec in scales.values()) < _FEW_SCALES:
         return False
     return _takes(stored, target, shape, tame=False)
 
@@ -94,7 +94,7 @@ def _ever(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
 
 def _takes(stored: Codec, target: Codec, shape: tuple[int, int], tame: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
-    specs = _without_codes(stored.specs(*shape))
+    specs = _without_codes(stored, shape)
     made_up = {part: _random(spec, shape, generator, tame) for part, spec in specs.items()}
     try:
         target.pack(stored.unpack(made_up, shape), shape)
@@ -103,10 +103,13 @@ def _takes(stored: Codec, target: Codec, shape: tuple[int, int], tame: bool) -> 
     return True
 
 
-def _without_codes(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """All parts but the one with the codes: the largest of those that have rows of the weight."""
-    codes = max(specs, key=lambda part: specs[part].nbytes if specs[part].rows else 0)
-    return {part: spec for part, spec in specs.items() if part != codes}
+def _without_codes(stored: Codec, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    """All parts but the one with the codes: the largest, of a wide weight, of those that have rows
+    of it."""
+    rows, cols = shape
+    wide = stored.specs(rows, cols * _WIDER)
+    codes = max(wide, key=lambda part: wide[part].nbytes if wide[part].rows else 0)
+    return {part: spec for part, spec in stored.specs(rows, cols).items() if part != codes}
 
 
 #: Bits of a small and of a large positive number of each dtype; of a tame pair, near 1. A power of

@@ -122,6 +122,15 @@ def add_tensor(name: str, *shape: int) -> Callable[[Path], object]:
     return edit
 
 
+def add_narrow_weight(folder: Path) -> None:
+    """FP8 codes one column wide: fewer bytes than their scales."""
+    path, name = min(folder.glob("*.safetensors")), "model.layers.0.mlp.up_proj.weight"
+    found = load_file(path)
+    found[name] = torch.zeros(128, 1).to(torch.float8_e4m3fn)
+    found[name + "_scale"] = torch.ones(128, 1)
+    save_file(found, path)
+
+
 def group(target: str) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     return {"targets": [target], "weights": weights, "format": "pack-quantized"}
@@ -156,6 +165,7 @@ FOUND: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "config_groups of lists": (
         "fp8-channel", edit_config(quantization={"config_groups": [[], {}]}), None,
     ),
+    "a weight one column wide": ("fp8-channel", add_narrow_weight, "do not divide 1 columns"),
     "no experts": (
         "plain", add_tensor("model.layers.1.mlp.experts.gate_up_proj", 0, 2, 2), None,
     ),
