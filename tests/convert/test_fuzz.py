@@ -20,6 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from requant.convert.plan import make_plan
+from requant.convert.recipe import default_recipe
+from requant.convert.source import Checkpoint
 from requant.errors import RequantError
 from requant.quant.compressed_tensors import stored_scheme
 
@@ -122,15 +125,6 @@ def add_tensor(name: str, *shape: int) -> Callable[[Path], object]:
     return edit
 
 
-def add_narrow_weight(folder: Path) -> None:
-    """FP8 codes one column wide: fewer bytes than their scales."""
-    path, name = min(folder.glob("*.safetensors")), "model.layers.0.mlp.up_proj.weight"
-    found = load_file(path)
-    found[name] = torch.zeros(128, 1).to(torch.float8_e4m3fn)
-    found[name + "_scale"] = torch.ones(128, 1)
-    save_file(found, path)
-
-
 def group(target: str) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     return {"targets": [target], "weights": weights, "format": "pack-quantized"}
@@ -165,7 +159,6 @@ FOUND: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "config_groups of lists": (
         "fp8-channel", edit_config(quantization={"config_groups": [[], {}]}), None,
     ),
-    "a weight one column wide": ("fp8-channel", add_narrow_weight, "do not divide 1 columns"),
     "no experts": (
         "plain", add_tensor("model.layers.1.mlp.experts.gate_up_proj", 0, 2, 2), None,
     ),
@@ -204,6 +197,21 @@ def test_found_by_fuzzing(case: str, fuzz: ModuleType, seeds: list[Path], tmp_pa
             with pytest.raises(RequantError, match=message) as refused:
                 fuzz.use(folder, tmp_path / "out", random.Random(0))
             assert str(folder) in str(refused.value)
+
+
+def test_a_weight_narrower_than_its_scales(seeds: list[Path], tmp_path: Path) -> None:
+    """FP8 codes one column wide have fewer bytes than their scales."""
+    origin = next(seed for seed in seeds if seed.name.endswith("fp8-channel"))
+    folder = shutil.copytree(origin, tmp_path / "model")
+    path, name = min(folder.glob("*.safetensors")), "model.layers.0.mlp.up_proj.weight"
+    narrow = {
+        name: torch.zeros(128, 1).to(torch.float8_e4m3fn),
+        name + "_scale": torch.ones(128, 1),
+    }
+    save_file(load_file(path) | narrow, path)
+    plan = make_plan(Checkpoint.open(folder), default_recipe("bf16"))
+    (planned,) = (weight for weight in plan.weights if weight.source.name == name)
+    assert planned.codec is not None
 
 
 def test_a_container_that_is_no_name_is_not_handed_on() -> None:
