@@ -79,7 +79,8 @@ class ReadAhead:
         self._closed = False
         self._changed = threading.Condition()
         self._sha256 = hashlib.sha256()
-        self._thread = threading.Thread(target=self._run, name="requant-read")
+        # A daemon: Ctrl-C may come before anybody has it to close.
+        self._thread = threading.Thread(target=self._run, name="requant-read", daemon=True)
         self._thread.start()
 
     def take(self, begin: int, end: int, wait: bool) -> torch.Tensor | None:
