@@ -77,7 +77,7 @@ class Files:
             return self.read_bytes(place.file, place.begin + begin, place.begin + end)
         patch = part.pieces[0].patch
         if patch is None:
-            return self._agreed(part)[begin:end]
+            return self._agreed(part, begin, end)
         first, last = begin // patch.pitch, -(-end // patch.pitch)
         lines = torch.empty(last - first, patch.pitch, dtype=torch.uint8)
         seen: set[Patch] = set()
@@ -97,14 +97,15 @@ class Files:
                 seen.add(piece.patch)
         return lines.flatten()[begin - first * patch.pitch : end - first * patch.pitch]
 
-    def _agreed(self, part: StoredPart) -> torch.Tensor:
-        """All bytes of a tensor that every rank has. Raises CheckpointError when one differs."""
-        found, *others = (self._piece(piece) for piece in part.pieces)
-        for piece, other in zip(part.pieces[1:], others, strict=True):
-            if not torch.equal(found, other):
+    def _agreed(self, part: StoredPart, begin: int, end: int) -> torch.Tensor:
+        """Bytes of a tensor that every rank has. Raises CheckpointError when they differ."""
+        first, *others = part.pieces
+        found = self._piece(first, begin, end)
+        for piece in others:
+            if not torch.equal(found, self._piece(piece, begin, end)):
                 raise CheckpointError(
                     f"{self._path / piece.location.file}: {part.name} differs from the one in "
-                    f"{part.pieces[0].location.file}, and all ranks have it alike; one is damaged"
+                    f"{first.location.file}, and all ranks have it alike; one is damaged"
                 )
         return found
 
