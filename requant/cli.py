@@ -143,10 +143,12 @@ def plan_command(
             )
             output.result({"fits": False, "gpus": serving.fit}, lambda: plain(message))
             raise typer.Exit(1)
-        target, text, path = chosen
+        plan, text, path = chosen
         facts = {"recipe_file": str(path), "recipe_text": text}
         output.status(f"recipe written to {path}")
-    plan = cutting.of(target.plan(folder, cutting.given or serving.given))
+    else:
+        plan = target.plan(folder, cutting.given or serving.given)
+    plan = cutting.of(plan)
     summary = plan.summary() | facts
     if not serving.given:
         output.result(summary, lambda: plan_table(summary))

@@ -26,6 +26,7 @@ def verify_sides(
     text: Path | None = None,
     processes: Team | None = None,
 ) -> dict[str, Any]:
+    """Run source and output side by side, with a bar; verify's document."""
     from requant.convert.processes import Team
     from requant.verify.comparison import verify
 

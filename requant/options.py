@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from requant.convert.claim import Receiver
     from requant.convert.folder import Folder
     from requant.convert.plan import Plan
+    from requant.convert.source import Checkpoint
     from requant.hub.delivery import Delivery
 
 Source = Annotated[
@@ -98,18 +99,24 @@ class Target:
         """The plan of a conversion, or with `keep` of a copy where no format is given."""
         from requant.convert.plan import make_plan
         from requant.convert.recipe import KEEP, default_recipe, load_recipe
-        from requant.convert.source import Checkpoint
 
         copied = keep and self.to is None and self.recipe is None
         if not copied and (self.to is None) == (self.recipe is None):
             raise RequantError("give either --to FORMAT or --recipe NAME|FILE.toml")
-        gc.freeze()  # looking for garbage in all that was imported takes as long as opening
-        checkpoint = Checkpoint.open(source)
+        checkpoint = _opened(source)
         if copied:
             return make_plan(checkpoint, KEEP)
         to, recipe = self.to, self.recipe
         chosen = default_recipe(to) if to is not None else load_recipe(recipe or "")
         return make_plan(checkpoint, chosen, self.require_lossless)
+
+
+def _opened(source: Folder) -> Checkpoint:
+    """The checkpoint in a folder, once all is imported that works on it."""
+    from requant.convert.source import Checkpoint
+
+    gc.freeze()  # looking for garbage in all that was imported takes as long as opening
+    return Checkpoint.open(source)
 
 
 @dataclass(frozen=True)
@@ -224,15 +231,16 @@ class Serving:
         if self.fit is not None and (self.gpu or target.to or target.recipe):
             raise RequantError("--fit chooses the formats; it takes no --to, --recipe or --gpu")
 
-    def chosen(self, source: Folder) -> tuple[Target, str, Path] | None:
-        """The recipe that fits, its text and file; None where no mixture does."""
-        from requant.convert.source import Checkpoint
+    def chosen(self, source: Folder) -> tuple[Plan, str, Path] | None:
+        """The plan that fits, its recipe's text and file; None where no mixture of formats does."""
+        from requant.convert.plan import make_plan
+        from requant.convert.recipe import load_recipe
         from requant.serving.choose import choose
         from requant.serving.hardware import parse_gpus
         from requant.serving.report import demand_of
 
         gpus = parse_gpus(self.fit or "")
-        checkpoint = Checkpoint.open(source)
+        checkpoint = _opened(source)
         demand = demand_of(checkpoint.config, self.context, self.batch or 1)
         choice = choose(checkpoint, gpus, demand)
         if choice is None:
@@ -245,7 +253,7 @@ class Serving:
             path.write_text(text, "utf-8")
         except OSError as error:
             raise RequantError(f"{path}: cannot write the recipe: {error.strerror}") from error
-        return Target(recipe=str(path)), text, path
+        return make_plan(checkpoint, load_recipe(str(path))), text, path
 
     def report(self, plan: Plan, cutting: Cutting) -> dict[str, Any]:
         """What serving the output of a plan takes."""

@@ -62,6 +62,7 @@ def compute_device(name: str | None) -> torch.device:
 
 
 def download(repo: str, folder: Path, output: Output) -> dict[str, Any]:
+    """Copy a repository, or the built-in model, into a folder; what was done."""
     if repo == "demo":
         from requant.demo import write_demo
 

@@ -40,7 +40,7 @@ def runtime(
 
     Raises RequantError, saying what is needed, when it is too small.
     """
-    wanted = workers or max(1, min(_cores() // local_processes(), MAX_WORKERS))
+    wanted = workers or usual_workers()
     if ram is None:
         return Runtime(device, wanted, WINDOWS, team)
     sizes = _sizes(plan)
@@ -53,6 +53,11 @@ def runtime(
         f"--ram: {size(ram)} are too few, {size(least)} are needed with --workers {count} "
         f"({size(_now())} of them by Python and torch); give more"
     )
+
+
+def usual_workers() -> int:
+    """Tiles that are computed at a time unless told: the cores of this process's share."""
+    return max(1, min(_cores() // local_processes(), MAX_WORKERS))
 
 
 def needed_bytes(plan: Plan, workers: int, windows: int) -> int:

@@ -82,6 +82,14 @@ def require_apart(plan: Plan, out: Path) -> None:
         raise CheckpointError(f"{out}: holds the source folder; choose another one")
 
 
+def bytes_beside(plan: Plan) -> int:
+    """Bytes that OUT takes beside the files of weights: documents, and what is copied."""
+    path = plan.source.path
+    documents = plan.config, *plan.documents.values()
+    copied = sum((path / name).stat().st_size for name in side_files(path))
+    return copied + sum(len(json_bytes(document)) for document in documents)
+
+
 def require_room(
     plan: Plan, out: Path, journal: Journal, disk: int | None, receiver: Receiver | None
 ) -> None:
@@ -97,9 +105,7 @@ def require_room(
         waiting = (FILES_AT_A_TIME - 1) * max(file.nbytes for file in plan.files)
         together = max(sum(file.nbytes for file in group.files) for group in plan.groups)
         needed = min(needed, waiting + together)
-    documents = plan.config, *plan.documents.values()
-    needed += sum(len(json_bytes(document)) for document in documents)
-    needed += sum((plan.source.path / name).stat().st_size for name in side_files(plan.source.path))
+    needed += bytes_beside(plan)
     staged = [path.stat().st_size for path in (out / STAGING_NAME).rglob("*") if path.is_file()]
     needed += max(0, plan.source.folder.disk_bytes(disk) - sum(staged))
     free = shutil.disk_usage(out).free

@@ -68,15 +68,21 @@ def raw_header(path: Path) -> tuple[bytes, int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: header of {length} bytes in a file of {size} bytes; "
-                    "not a safetensors file, or truncated: download it again"
-                )
-            return prefix + file.read(length), size
+            return prefix + file.read(header_length(prefix, size, str(path))), size
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; cannot read it") from error
+
+
+def header_length(prefix: bytes, size: int, where: str) -> int:
+    """Bytes of the JSON that follows the first 8 bytes (`prefix`, or more) of a file of `size`
+    bytes. Raises CheckpointError for a length that cannot be."""
+    length = int.from_bytes(prefix[:8], "little")
+    if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{where}: header of {length} bytes in a file of {size} bytes; "
+            "not a safetensors file, or truncated: download it again"
+        )
+    return length
 
 
 def parse_header(header: bytes, size: int | None, path: Path, file: str = "") -> Tensors:

@@ -12,16 +12,12 @@ from requant.convert.kv_cache import (
     cache_bytes,
     cache_bytes_per_token,
     count,
+    top_k,
 )
 from requant.convert.names import ROLES, TensorName, is_index, language_config
 from requant.convert.parameters import count_parameters, elements
 from requant.convert.source import Checkpoint
 from requant.convert.weights import StoredWeight
-from requant.quant import Codec, format_name
-
-_TOP_K_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k",
-)  # fmt: skip
 
 
 def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -47,7 +43,7 @@ routed experts, one row of the embedding (all of it where it is the output head 
     weights = list(checkpoint.weights.values())
     by_role = {role: [w for w in weights if w.role == role] for role in ROLES}
     main = (weight for weight in weights if weight.role != "mtp")
-    parameters = count_parameters(main, count(config, *_TOP_K_KEYS))
+    parameters = count_parameters(main, top_k(config))
     quantization = checkpoint.quantization_config or {}
     context = count(config, "max_position_embeddings")
     flops = None if parameters.multiplied is None else 2 * parameters.multiplied
@@ -110,12 +106,8 @@ def _count(weights: list[StoredWeight]) -> dict[str, int]:
 
 def _formats(weights: Iterable[StoredWeight]) -> dict[str, dict[str, int]]:
     """Tensors and bytes by format; a tensor that is no matrix counts under its dtype's format."""
-    by_codec: dict[Codec | str, list[StoredWeight]] = {}
-    for weight in weights:
-        by_codec.setdefault(weight.codec or weight.format, []).append(weight)
     groups: dict[str, list[StoredWeight]] = {}
-    for key, members in by_codec.items():
-        name = key if isinstance(key, str) else format_name(key)
-        groups.setdefault(name, []).extend(members)
+    for weight in weights:
+        groups.setdefault(weight.format, []).append(weight)
     counts = {name: _count(members) for name, members in groups.items()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1]["bytes"], item[0])))

@@ -23,6 +23,9 @@ _STATEFUL = frozenset(
 )
 #: Families that alternate, the first layer with a window, without saying so.
 _ALTERNATING = frozenset({"gpt_oss", "gemma2"})
+_TOP_K_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k",
+)  # fmt: skip
 #: DeepSeek-V4's kinds of layers -> tokens that one compressed entry stands for, if not told.
 _V4_RATIOS = {
     "sliding_attention": 0,
@@ -90,7 +93,7 @@ def alternatives(config: Mapping[str, Any]) -> dict[str, int] | None:
     heads; `mha`: of every head. None where the config does not tell."""
     config = language_config(config)
     layers, heads = count(config, "num_hidden_layers"), count(config, "num_attention_heads")
-    sizes = _head_sizes(config)
+    sizes = head_sizes(config)
     if layers is None or heads is None or sizes is None:
         return None
     pair = sum(sizes)
@@ -119,14 +122,20 @@ def count(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((n for n in numbers if type(n) is int and 0 <= n < 1 << 40), None)
 
 
+def top_k(config: Mapping[str, Any]) -> int | None:
+    """Routed experts that a token visits in a layer; None where the config does not tell."""
+    return count(language_config(config), *_TOP_K_KEYS)
+
+
 def _latent(config: Mapping[str, Any]) -> int | None:
     """Numbers that MLA keeps of a token; None where there is no MLA."""
     latent, rope = count(config, "kv_lora_rank"), count(config, "qk_rope_head_dim")
     return None if not latent or rope is None else latent + rope
 
 
-def _head_sizes(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Width of one head's key and of its value."""
+def head_sizes(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width of one head's key and of its value; None where the config does not tell."""
+    config = language_config(config)
     nope, rope = count(config, "qk_nope_head_dim"), count(config, "qk_rope_head_dim")
     value = count(config, "v_head_dim")
     if _latent(config) is not None:
@@ -140,7 +149,7 @@ def _head_sizes(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _of_latent(config: Mapping[str, Any], layers: int) -> tuple[Keys, ...]:
     """MLA, and DeepSeek-V3.2's or GLM-5's indexer, which some of GLM's layers share."""
-    heads, sizes = count(config, "num_attention_heads"), _head_sizes(config)
+    heads, sizes = count(config, "num_attention_heads"), head_sizes(config)
     flops = 2 * heads * sum(sizes) if heads is not None and sizes is not None else None
     top, width = count(config, "index_topk"), count(config, "index_head_dim")
     keys = Keys(layers, _latent(config) or 0, flops, top=top)
@@ -155,7 +164,7 @@ def _of_latent(config: Mapping[str, Any], layers: int) -> tuple[Keys, ...]:
 
 def _of_heads(config: Mapping[str, Any], layers: int) -> tuple[Keys, ...] | None:
     """Keys and values of every KV head, in some layers of the last tokens only."""
-    heads, sizes = count(config, "num_attention_heads"), _head_sizes(config)
+    heads, sizes = count(config, "num_attention_heads"), head_sizes(config)
     kv_heads = count(config, "num_key_value_heads", "num_attention_heads")
     windows = _windows(config, layers)
     if kv_heads is None or sizes is None or windows is None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from requant.convert.source import Checkpoint
-from requant.convert.weights import StoredWeight
+from requant.convert.weights import StoredWeight, codes_part
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec
 from requant.quant.codec import TORCH_DTYPES
@@ -22,8 +22,6 @@ from requant.quant.plain import Plain
 
 #: Of fewer scales, random ones say too little: they are read instead, which costs nothing.
 _FEW_SCALES = 4096
-#: Times as wide, any weight has more bytes of codes than of scales.
-_WIDER = 1024
 #: Rows that are tried before all.
 _FEW_ROWS = 128
 
@@ -104,12 +102,9 @@ def _takes(stored: Codec, target: Codec, shape: tuple[int, int], tame: bool) -> 
 
 
 def _without_codes(stored: Codec, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-    """All parts but the one with the codes: the largest, of a wide weight, of those that have rows
-    of it."""
-    rows, cols = shape
-    wide = stored.specs(rows, cols * _WIDER)
-    codes = max(wide, key=lambda part: wide[part].nbytes if wide[part].rows else 0)
-    return {part: spec for part, spec in stored.specs(rows, cols).items() if part != codes}
+    """All parts but the one with the codes."""
+    codes = codes_part(stored, shape)
+    return {part: spec for part, spec in stored.specs(*shape).items() if part != codes}
 
 
 #: Bits of a small and of a large positive number of each dtype; of a tame pair, near 1. A power of

@@ -14,6 +14,16 @@ from requant.convert.fused import StoredPart
 from requant.convert.names import LINEAR_ROLES, Role, fused_set, kind_of, split_part
 from requant.quant import PLAIN_NAMES, Codec, TensorSpec, format_name
 
+#: Times as wide, any weight has more bytes of codes than of scales.
+_WIDER = 1024
+
+
+def codes_part(codec: Codec, shape: tuple[int, int]) -> str:
+    """The part of a weight that holds its codes: the largest of a wide one, of those that have rows
+    of it."""
+    wide = codec.specs(shape[0], shape[1] * _WIDER)
+    return max(wide, key=lambda part: wide[part].nbytes if wide[part].rows else 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Kind:
@@ -62,8 +72,10 @@ class Kind:
 
     @cached_property
     def codes(self) -> str:
-        """The part that holds the codes, the largest."""
-        return max(self.specs, key=lambda part: self.specs[part].nbytes)
+        """The part that holds the codes."""
+        if self.codec is None:
+            return next(iter(self.specs))
+        return codes_part(self.codec, (self.shape[0], self.shape[1]))
 
     @cached_property
     def format(self) -> str:
@@ -122,7 +134,7 @@ class StoredWeight:
 
     @property
     def codes(self) -> StoredPart:
-        """The part that holds the codes, the largest; scales may lie elsewhere."""
+        """The part that holds the codes; scales may lie elsewhere."""
         return self.parts[self.alike.codes]
 
     @property

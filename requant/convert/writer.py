@@ -314,12 +314,12 @@ def copy_side_files(source: Path, out: Path) -> dict[str, Digest]:
         target = out / relative
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        chunks = _chunks(source / relative)
+        chunks = chunks_of(source / relative)
         copied[relative] = _write_chunks(target, (source / relative).stat().st_size, chunks)
     return copied
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def chunks_of(path: Path) -> Iterator[bytes]:
     """The bytes of a file that is as long as it was when asked last."""
     left = path.stat().st_size
     try:

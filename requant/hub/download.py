@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from requant.convert.folder import CONFIG_NAME, TRACE_NAME
-from requant.convert.writer import PARTIAL_SUFFIX, sync_folder, writing
+from requant.convert.writer import PARTIAL_SUFFIX, chunks_of, sync_folder, writing
 from requant.errors import CheckpointError
 from requant.hub.repository import HubFile, Repository, repository_name
 
@@ -254,7 +254,7 @@ class _Copy:
         where = try_to_load_from_cache(self.repository.name, name, revision=self.repository.commit)
         if not isinstance(where, str) or Path(where).stat().st_size != file.nbytes:
             return None
-        return _file_pieces(Path(where), file.nbytes)
+        return chunks_of(Path(where))
 
     def _partial(self, name: str) -> Path:
         path = PurePosixPath(name)
@@ -284,11 +284,6 @@ class _Hashes:
             kind = "SHA-256" if self._file.sha256 else "SHA-1 of the git blob"
             return f"{kind} {self._hash.hexdigest()}, the Hub says {expected}"
         return None
-
-
-def _file_pieces(path: Path, nbytes: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from _pieces(file, nbytes)
 
 
 def _pieces(file: Any, nbytes: int) -> Iterator[bytes]:

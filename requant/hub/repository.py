@@ -7,7 +7,6 @@ bytes that are asked for are fetched; a conversion fetches them ahead (spool.py)
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from requant.convert.folder import MAX_JSON_BYTES, REPOSITORY, FileFacts, Folder
-from requant.convert.header import MAX_HEADER_BYTES
+from requant.convert.header import header_length
 from requant.convert.journal import Digest
 from requant.convert.readahead import Buffers, ReadAhead
 from requant.convert.reader import Files
@@ -170,19 +169,14 @@ class HubFolder(Folder):
 
     def _raw_header(self, file: str) -> tuple[str, bytes, int]:
         """The name of a file, its first bytes, up to its data, and its size."""
-        nbytes = self._weights[file].nbytes
-        found = self.repository.read(file, 0, min(HEADER_BYTES, nbytes))
-        length = int.from_bytes(found[:8], "little")
-        if len(found) < 8 or length > min(nbytes - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{self.label}: {file}: header of {length} bytes in a file of {nbytes} bytes; not "
-                "a safetensors file, or uploaded incompletely"
-            )
-        if len(found) < 8 + length:
-            found += self.repository.read(file, len(found), 8 + length)
-        header = found[: 8 + length]
-        self.reader.headers[file] = Digest(len(header), hashlib.sha256(header).hexdigest())
-        return file, header, nbytes
+        nbytes, known = self._weights[file].nbytes, self.reader.headers
+        if file not in known:
+            found = self.repository.read(file, 0, min(HEADER_BYTES, nbytes))
+            end = 8 + header_length(found, nbytes, f"{self.label}: {file}")
+            if len(found) < end:
+                found += self.repository.read(file, len(found), end)
+            known[file] = found[:end]
+        return file, known[file], nbytes
 
     def require_unchanged(self, file: str, facts: FileFacts, read: Digest) -> None:
         sha256 = self._weights[file].sha256
@@ -235,7 +229,7 @@ class HubFiles(Files):
     def __init__(self, path: Path, repository: Repository) -> None:
         super().__init__(path)
         self.spool: Spool | None = None
-        self.headers: dict[str, Digest] = {}  # as they came when the checkpoint was opened
+        self.headers: dict[str, bytes] = {}  # as they came when the checkpoint was opened
         self._repository = repository
 
     def _fill(self, target: memoryview, file: str, begin: int, end: int) -> None:
@@ -262,12 +256,11 @@ class HubFiles(Files):
         else:
             self._fill(target, file, begin, end)
         known = self.headers.get(file)
-        if begin == 0 and known is not None and known.nbytes <= end:
-            if hashlib.sha256(target[: known.nbytes]).hexdigest() != known.sha256:
-                raise CheckpointError(
-                    f"{self._repository.label}: {file}: its header came differently when it was "
-                    "fetched again; it was damaged on the way: repeat the command"
-                )
+        if begin == 0 and known is not None and target[: len(known)] != known[:end]:
+            raise CheckpointError(
+                f"{self._repository.label}: {file}: its header came differently when it was "
+                "fetched again; it was damaged on the way: repeat the command"
+            )
         return raw
 
     @contextlib.contextmanager

@@ -7,7 +7,6 @@ decoded and encoded on this machine.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
-from requant.convert.budget import MAX_WORKERS, needed_bytes
+from requant.convert.budget import needed_bytes, usual_workers
+from requant.convert.claim import bytes_beside
 from requant.convert.forms import PlannedWeight
 from requant.convert.plan import Plan
 from requant.convert.readahead import WINDOWS
 from requant.convert.steps import Steps
-from requant.convert.writer import json_bytes, side_files
 
 #: Bytes/s that an NVMe-class disk reads and writes past the page cache at the same time, together:
 #: 4.1 GB read and 7.8 GB written took 6 to 8 s on a virtual machine with one.
@@ -35,11 +34,8 @@ def conversion_cost(plan: Plan, probe: bool = True) -> dict[str, Any]:
     `output_disk_bytes` are what OUT takes in the end, `peak_disk_bytes` that and the source, which
     is never changed: bytes are not there twice at any time.
     """
-    workers = max(1, min(os.cpu_count() or 1, MAX_WORKERS))
-    path = plan.source.path
-    beside = sum((path / name).stat().st_size for name in side_files(path))
-    documents = (plan.config, *plan.documents.values())
-    output = plan.written_bytes + beside + sum(len(json_bytes(each)) for each in documents)
+    workers = usual_workers()
+    output = plan.written_bytes + bytes_beside(plan)
     source = sum(facts.nbytes for facts in plan.source.facts.values())
     return {
         "read_bytes": plan.read_bytes,

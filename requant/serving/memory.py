@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from requant.convert.kv_cache import cache_bytes
+from requant.convert.kv_cache import cache_bytes, count, head_sizes, top_k
 from requant.convert.names import language_config
 from requant.convert.parallel import Parallel
 from requant.errors import CheckpointError
@@ -31,8 +31,6 @@ CONTEXT_BYTES = 10**9
 #: Activations are 16-bit, logits are kept in 16 and in 32 bits.
 _ELEMENT, _LOGIT = 2, 6
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-
 
 class Demand(NamedTuple):
     """What is to be served: `batch` sequences of `context` tokens at a time."""
@@ -44,13 +42,7 @@ class Demand(NamedTuple):
 
 def number(config: Mapping[str, Any], *keys: str) -> int:
     """The first of these settings of the language model that is a number; 0 for none."""
-    found = language_config(config)
-    return next((found[key] for key in keys if isinstance(found.get(key), int)), 0)
-
-
-def top_k(config: Mapping[str, Any]) -> int:
-    """Routed experts that a token visits in a layer; 0 where the config does not tell."""
-    return number(config, *_TOP_K)
+    return count(language_config(config), *keys) or 0
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -95,16 +87,10 @@ def activation_bytes(
     rows = sequences(demand, parallel)
     tokens = min(chunk, rows * demand.context)
     hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
-    head_dim = number(config, "head_dim") or (hidden // heads if heads else 0)
-    if number(config, "kv_lora_rank"):
-        key = number(config, "qk_nope_head_dim") + number(config, "qk_rope_head_dim")
-        value = number(config, "v_head_dim")
-    else:
-        key = value = head_dim
-    attention = -(-heads // parallel.tp) * 2 * (key + value)
+    attention = -(-heads // parallel.tp) * 2 * sum(head_sizes(config) or (0, 0))
     dense = 3 * -(-number(config, "intermediate_size") // parallel.tp)
     expert = -(-number(config, "moe_intermediate_size") // parallel.expert_cut)
-    routed = top_k(config) * (hidden + 3 * expert) if expert else 0
+    routed = (top_k(config) or 0) * (hidden + 3 * expert) if expert else 0
     peak = tokens * (3 * hidden + max(attention, dense, routed)) * _ELEMENT
     return peak + rows * number(config, "vocab_size") * _LOGIT
 

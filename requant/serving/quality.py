@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from requant.convert.kv_cache import top_k
 from requant.quant import Codec, format_name
 from requant.quant.plain import Plain
 from requant.serving.inventory import Inventory, Sized, Stack
-from requant.serving.memory import top_k
 
 #: Relative squared error of normally distributed weights (512 x 4096), by format and the options
 #: that change it. The test measures it again.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from requant.convert.kv_cache import top_k
 from requant.convert.parallel import Parallel, usual
 from requant.convert.placement import Loads
 from requant.convert.plan import Plan
@@ -16,7 +17,7 @@ from requant.serving.cost import conversion_cost
 from requant.serving.fit import Fit
 from requant.serving.hardware import Gpus
 from requant.serving.inventory import Inventory
-from requant.serving.memory import Demand, context_length, kv_cache_bytes, top_k
+from requant.serving.memory import Demand, context_length, kv_cache_bytes
 from requant.serving.offload import Experts, Resident, offload
 from requant.serving.support import common_engines, runs
 
@@ -47,7 +48,7 @@ def serving_report(
     weights = sum(largest.values())
     fit = Fit.of(plan.config, gpus, parallel, demand, weights)
     written = written_by_role(plan)
-    experts = Experts(inventory.experts, top_k(plan.config), _expert_bytes(written, inventory))
+    experts = Experts(inventory.experts, top_k(plan.config) or 0, _expert_bytes(written, inventory))
     resident = _resident(largest, fit)
     placed = offload(fit.room, resident, experts, gpus, parallel, ram, loads)
     apart = placed if experts.number and not fit.fits else None
@@ -75,7 +76,9 @@ def serving_report(
         "fits": fit.fits,
         "max_context": fit.max_context,
         "max_batch": fit.max_batch,
-        "tokens_per_second_bound": _bound(fit, largest, experts, gpus) if fit.fits else None,
+        "tokens_per_second_bound": _bound(resident, experts, fit.parallel, gpus)
+        if fit.fits
+        else None,
         "offload": apart,
         "alternatives": [] if fit.fits else alternatives(inventory, plan.recipe, fit, gpus, apart),
         "support": {name: runs(name, gpus.architecture) for name in used},
@@ -155,10 +158,9 @@ def _resident(roles: dict[str, int], fit: Fit) -> Resident:
     return Resident(held, held - table + kv_cache_bytes(fit.config, alone, fit.parallel))
 
 
-def _bound(fit: Fit, roles: dict[str, int], experts: Experts, gpus: Gpus) -> float | None:
+def _bound(resident: Resident, experts: Experts, parallel: Parallel, gpus: Gpus) -> float | None:
     """Tokens/s of one sequence at most where all is on the GPUs; None for unknown bandwidth."""
     if gpus.bandwidth is None:
         return None
-    resident = _resident(roles, fit)
-    visited = sum(experts.visits(None)) * experts.nbytes / fit.parallel.ranks
+    visited = sum(experts.visits(None)) * experts.nbytes / parallel.ranks
     return round(gpus.bandwidth / (resident.read + visited), 3)

@@ -12,6 +12,7 @@ from requant.convert.kv_cache import (
     attention_flops,
     cache_bytes,
     cache_bytes_per_token,
+    top_k,
 )
 from tests.convert.published import published_config
 
@@ -188,3 +189,9 @@ def numbers_held(layer: Any) -> int:
     kept += [] if torch.equal(layer.keys, layer.values) else [layer.values]
     kept += getattr(layer, "compressed_kv", {}).values()
     return sum(tensor.numel() for tensor in kept if tensor is not None)
+
+
+@pytest.mark.parametrize("key", ["num_experts_per_tok", "experts_per_token", "moe_topk"])
+def test_inspect_and_the_planner_read_the_same_top_k(key: str) -> None:
+    assert top_k({key: 4}) == 4 == top_k({"text_config": {key: 4}, "hidden_size": 8})
+    assert top_k({"hidden_size": 8}) is None

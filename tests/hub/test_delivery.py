@@ -38,7 +38,6 @@ from tests.hub.server import (
     environment,
     first,
     random_cuts,
-    reached,
 )
 from tests.test_cli import invoke
 
@@ -47,22 +46,6 @@ ROOT = Path(__file__).resolve().parents[2]
 REPO = "org/model-fp32"
 #: More than a test lasts, in seconds.
 NEVER = 1e9
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    (tmp_path / "home").mkdir()
-    with HubServer() as server, reached(server, tmp_path / "home"):
-        (tmp_path / "home" / "token").write_text(WRITER)
-        yield server
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What anybody would have waited, in seconds."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -18,14 +17,12 @@ from requant.hub.push import MARKER_NAME, Push
 from tests.hub.server import (
     CLIENT_WARNING,
     READER,
-    WRITER,
     Cut,
     Fault,
     HubServer,
     Request,
     Status,
     first,
-    reached,
 )
 
 pytestmark = CLIENT_WARNING
@@ -33,22 +30,6 @@ REPO = "org/model-int4"
 SMALL = {"config.json": b"{}", "model.safetensors.index.json": b"{}", "LICENSE": b"MIT License"}
 CARD = "---\nbase_model: org/model\n---\n# card\n"
 NEVER = float("inf")
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as server, reached(server, tmp_path / "home"):
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / "token").write_text(WRITER)
-        yield server
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What anybody would have waited, in seconds."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
 
 
 @pytest.fixture
