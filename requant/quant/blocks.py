@@ -8,15 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import require_finite
 
 #: A tile holds whole blocks, so a hostile config must not ask for enormous ones.
 MAX_BLOCK_SIDE = 1 << 16
-
-#: Integers of the same size.
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-#: Columns from which on torch finds the largest integer of each group quickly.
-_LONG = 32
 
 
 def require_block(block_rows: int, block_cols: int, whose: str) -> None:
@@ -39,32 +33,6 @@ def stored_block(told: object, where: str) -> tuple[int, int]:
     ):
         raise FormatError(f"{where} is {block!r}, expected two integers from 1 to {MAX_BLOCK_SIDE}")
     return block[0], block[1]
-
-
-def finite_amax(groups: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
-    """The largest magnitude of each group: float32 or BF16 [..., n] -> [...]. Raises FormatError
-    for NaN or infinity. `scratch`, if any, is contiguous memory like `groups` to overwrite.
-
-    Without their sign, bits are in the order of the floats that they stand for, NaN above all, and
-    torch finds the largest integer of each group faster than the largest float; pooling is faster
-    still for the shortest groups.
-    """
-    scratch = torch.empty_like(groups) if scratch is None else scratch
-    torch.abs(groups, out=scratch)
-    if not groups.numel():
-        return scratch.amax(-1)
-    if groups.dim() == 3 and groups.shape[-1] < _LONG and groups.dtype == torch.float32:
-        amax = torch.nn.functional.max_pool1d(scratch.flatten(1), groups.shape[-1])
-    else:
-        amax = scratch.view(_BITS[groups.dtype]).amax(-1).view(groups.dtype)
-    require_finite(amax.amax())
-    return amax
-
-
-def block_amax(tile: torch.Tensor, block_rows: int, block_cols: int) -> torch.Tensor:
-    """The largest magnitude of each block: [rows, cols] -> the ceil grid of blocks."""
-    peaks = torch.stack([strip.abs().amax(0) for strip in tile.split(block_rows)])
-    return reduce_columns(peaks, block_cols)
 
 
 def block_range(
@@ -94,9 +62,11 @@ def block_strips(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of a block row of the tile and its scales, of shapes that broadcast: [<= block_rows,
     blocks, block_cols] and [blocks, 1], or [<= block_rows, cols] and [cols] where the last block is
-    partial, which is slower."""
+    partial, which is slower. Rows that are blocks of their own come in one strip."""
     if tile.shape[1] % block_cols == 0:
         tile, columns = tile.unflatten(1, (-1, block_cols)), scale[..., None]
     else:
         columns = scale.repeat_interleave(block_cols, dim=1)[:, : tile.shape[1]]
+    if block_rows == 1:
+        return iter([(tile, columns)])
     return zip(tile.split(block_rows), columns, strict=True)

@@ -8,13 +8,13 @@ as 2^(b - 127) (e8m0.py). Source: compressed-tensors 0.20.0, quantization/utils/
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.codec import (
     FLOAT_SCALES,
     TORCH_DTYPES,
@@ -23,7 +23,6 @@ from requant.quant.codec import (
     exact_cast,
     require_choice,
 )
-from requant.quant.e2m1 import E2M1_VALUES
 from requant.quant.e8m0 import e8m0_to_float32, exponent_bytes, require_exponents
 
 E4M3_MAX = 448.0
@@ -58,9 +57,15 @@ def is_e4m3(spec: TensorSpec | None) -> bool:
     return spec is not None and spec.dtype == "F8_E4M3" and len(spec.shape) == 2
 
 
-def quantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3(clamp(values / scale)), in the precision of `values`; scales broadcast."""
-    return (values / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def quantize(
+    tile: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], arithmetic: str
+) -> torch.Tensor:
+    """The E4M3 codes nearest to a float32 tile divided by its grid of scales; with arithmetic=bf16
+    tile and quotient are rounded to BF16 before."""
+    if arithmetic == "bf16":
+        quotient = tile.to(torch.bfloat16) / scale.to(torch.bfloat16)
+        return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return grid.encode("e4m3", tile, scale.to(torch.float32), block)
 
 
 def plain_scale(amax: torch.Tensor, scale: str) -> torch.Tensor:
@@ -142,17 +147,14 @@ def upcast_e2m1(
         return Codes("e4m3", None, scale, block)
     each = base.repeat_interleave(counts[0], 0)[: exponent.shape[0]]
     each = each.repeat_interleave(counts[1], 1)[:, : exponent.shape[1]]
-    entry = (exponent - each).sub_(_LOWEST_SHIFT).mul_(16)  # where the table has this shift
-    lost = (entry < 0).repeat_interleave(group[0], 0)[: tile[0]]
-    lost = lost.repeat_interleave(group[1], 1)[:, : tile[1]]
-    if bool((lost & ((codes.codes & 7) != 0)).any()):
-        raise FormatError("holds FP4 values near 2^-127 beside far larger ones; re-quantize it")
-    entry = entry.clamp_min_(0)
-    entry = entry.repeat_interleave(group[0], 0)[: tile[0]]
-    entry = entry.repeat_interleave(group[1], 1)[:, : tile[1]].add_(codes.codes)
-    table = _upcast_table(entry.device)
-    wide = table.index_select(0, entry.flatten()).view(torch.float8_e4m3fn).view(tile)
-    return Codes("e4m3", wide, scale, block)
+    shift = exponent - each
+    if bool((shift < _LOWEST_SHIFT).any()):
+        lost = (shift < _LOWEST_SHIFT).repeat_interleave(group[0], 0)[: tile[0]]
+        lost = lost.repeat_interleave(group[1], 1)[:, : tile[1]]
+        if bool((lost & ((codes.codes & 7) != 0)).any()):
+            raise FormatError("holds FP4 values near 2^-127 beside far larger ones; re-quantize it")
+    factor = shift.clamp_min_(_LOWEST_SHIFT).to(torch.float32).exp2_()
+    return Codes("e4m3", grid.upcast_e2m1(codes.codes, factor, group), scale, block)
 
 
 def _sides(block: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
@@ -167,12 +169,3 @@ def _reduce(grid: torch.Tensor, counts: tuple[int, int], fill: int) -> torch.Ten
     grid = torch.nn.functional.pad(grid, padding, value=fill)
     rows, cols = grid.shape
     return grid.view(rows // counts[0], counts[0], cols // counts[1], counts[1])
-
-
-@functools.cache
-def _upcast_table(device: torch.device) -> torch.Tensor:
-    """uint8 [15 * 16]: the E4M3 byte of E2M1 code c times 2^n at 16 * (n + 8) + c."""
-    values = torch.tensor(E2M1_VALUES)
-    shifts = torch.arange(_LOWEST_SHIFT, _HIGHEST_SHIFT + 1, dtype=torch.float32)
-    table = torch.exp2(shifts)[:, None] * values
-    return table.to(torch.float8_e4m3fn).view(torch.uint8).flatten().to(device)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.blocks import (
     block_range,
-    block_strips,
     reduce_columns,
     require_block,
     stored_block,
@@ -35,7 +35,6 @@ from requant.quant.codec import (
     check_specs,
     refine_grid,
     require_choice,
-    require_finite,
 )
 from requant.quant.compressed_tensors import (
     QUANT_METHOD,
@@ -56,7 +55,7 @@ from requant.quant.e4m3 import (
     scale_to_float32,
     upcast_e2m1,
 )
-from requant.quant.packing import e4m3_and_scale, e4m3_to_float32
+from requant.quant.packing import e4m3_to_float32
 
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
@@ -132,11 +131,9 @@ class Fp8Block(Codec):
         bit.
         """
         # [grid_rows, cols]; a partial block row just has fewer rows to look at.
-        peaks = torch.stack([strip.abs().amax(0) for strip in tile.split(self.block_rows)])
-        amax = reduce_columns(peaks, self.block_cols)
-        require_finite(amax)
-        stored = self._scale(amax)
-        codes = self._codes(tile, scale_to_float32(stored))
+        peaks = grid.column_peaks(tile, self.block_rows)
+        stored = self._scale(grid.amax(peaks, self.block_cols))
+        codes = grid.encode("e4m3", tile, scale_to_float32(stored), self._block)
         # Only values with low bits set can come from an FP8 code times a float32 scale whose
         # product was rounded; BF16 sources skip the second look. Column peaks, not block ones:
         # the amax of a lone block may have no low bits by chance.
@@ -147,10 +144,7 @@ class Fp8Block(Codec):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32."""
         scale = scale_to_float32(parts[self._scale_part])
-        tile, scale = e4m3_and_scale(parts["weight"], scale)
-        for strip, row_scale in block_strips(tile, scale, *self._block):
-            strip.mul_(row_scale)
-        return tile
+        return grid.decode("e4m3", parts["weight"], scale, self._block)
 
     def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Each block's largest code, NaN the largest of all, times its scale."""
@@ -258,15 +252,6 @@ class Fp8Block(Codec):
         amax = amax.clamp_min(AMAX_FLOOR)
         return amax / E4M3_MAX if self.scale == "fp32" else powers_of_two(exponents(amax))
 
-    def _codes(self, tile: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        codes = torch.empty(tile.shape, dtype=torch.float8_e4m3fn, device=tile.device)
-        strips = block_strips(tile, scale, *self._block)
-        targets = codes.split(self.block_rows)
-        for target, (strip, row_scale) in zip(targets, strips, strict=True):
-            quotient = (strip / row_scale).clamp_(-E4M3_MAX, E4M3_MAX)
-            target.copy_(quotient.view(target.shape))
-        return codes
-
     def _original_scale(
         self, tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
@@ -276,27 +261,22 @@ class Fp8Block(Codec):
         same: none lies near a tie. Products of codes and a larger scale are nowhere smaller, so a
         block tells on which side s is; the products with s are the block, bit for bit.
         """
-        values, moved = e4m3_and_scale(codes, scale)
-        low, high = self._differences(tile, values, moved)
+        low, high = self._differences(tile, codes, scale)
         ulps = ((high > 0) & (low == 0)).int() - ((low < 0) & (high == 0)).int()
         if not bool(ulps.any()):
             return scale
-        low, high = self._differences(tile, values, _next(moved, ulps))
+        low, high = self._differences(tile, codes, _next(scale, ulps))
         # Only a power of two times a scale is exact and tells the scale: without one, s is unknown.
         powers, _ = block_range(_powers_of_two(codes), *self._block)
         found = (low == 0) & (high == 0) & (powers < 0)
         return torch.where(found, _next(scale, ulps), scale)
 
     def _differences(
-        self, tile: torch.Tensor, values: torch.Tensor, scale: torch.Tensor
+        self, tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By how many ulps the tile's magnitudes exceed those of values * scale: the least and the
+        """By how many ulps the tile's magnitudes exceed those of codes * scale: the least and the
         most in each block, or 0. Signs are the same, so magnitudes differ as the bits do."""
-        product = torch.empty_like(values)
-        strips = block_strips(values, scale, *self._block)
-        for target, (strip, row_scale) in zip(product.split(self.block_rows), strips, strict=True):
-            torch.mul(strip, row_scale, out=target.view(strip.shape))
-        bits = product.view(torch.int32)
+        bits = grid.decode("e4m3", codes, scale, self._block).view(torch.int32)
         return block_range(torch.sub(tile.view(torch.int32), bits, out=bits), *self._block)
 
 

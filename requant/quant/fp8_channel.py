@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from requant.quant import grid
 from requant.quant.codec import (
     PLAIN_SCALES,
     Alphabet,
@@ -22,7 +23,6 @@ from requant.quant.codec import (
     check_specs,
     refine_grid,
     require_choice,
-    require_finite,
 )
 from requant.quant.compressed_tensors import (
     QUANT_METHOD,
@@ -40,7 +40,6 @@ from requant.quant.e4m3 import (
     quantize,
     upcast_e2m1,
 )
-from requant.quant.packing import e4m3_to_float32
 
 _ROW = (1, -1)
 
@@ -77,15 +76,13 @@ class Fp8Channel(Codec):
     ) -> dict[str, torch.Tensor]:
         """amax / 448 per row, rounded to the scale's dtype; codes to nearest even."""
         if self.arithmetic == "bf16":
-            tile = tile.to(torch.bfloat16)
-        amax = tile.abs().amax(1, keepdim=True)
-        require_finite(amax)
-        scale = plain_scale(amax, self.scale)
-        return {"weight": quantize(tile, scale.to(tile.dtype)), "weight_scale": scale}
+            tile = tile.to(torch.bfloat16).to(torch.float32)
+        scale = plain_scale(grid.amax(tile), self.scale)
+        return {"weight": quantize(tile, scale, _ROW, self.arithmetic), "weight_scale": scale}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32: exact for BF16 and FP16 scales."""
-        return e4m3_to_float32(parts["weight"]).mul_(parts["weight_scale"].to(torch.float32))
+        return grid.decode("e4m3", parts["weight"], parts["weight_scale"].to(torch.float32), _ROW)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are."""

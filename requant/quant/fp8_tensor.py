@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.codec import (
     PLAIN_SCALES,
     Alphabet,
@@ -43,7 +44,6 @@ from requant.quant.e4m3 import (
     plain_scale,
     quantize,
 )
-from requant.quant.packing import e4m3_to_float32
 
 #: Container -> the part that holds the scale, and its shape, as they are written.
 _CONTAINERS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -51,6 +51,9 @@ _CONTAINERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "fp8": ("weight_scale_inv", ()),
     "mistral": ("qscale_weight", ()),
 }
+
+#: One block for all.
+_WHOLE = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -124,20 +127,21 @@ class Fp8Tensor(Codec):
         self._require_written()
         amax = self.measure(tile) if summary is None else summary
         if self.arithmetic == "bf16":
-            tile, amax = tile.to(torch.bfloat16), amax.to(torch.bfloat16)
+            amax = amax.to(torch.bfloat16)
         require_finite(amax)
         scale = plain_scale(amax, self.scale)
-        codes = quantize(tile, scale.to(tile.dtype))
+        codes = quantize(tile, scale.reshape(1, 1), _WHOLE, self.arithmetic)
         return {"weight": codes, self._scale_part: scale.reshape(self._scale_shape)}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32."""
-        return e4m3_to_float32(parts["weight"]).mul_(parts[self._scale_part].to(torch.float32))
+        scale = parts[self._scale_part].to(torch.float32).reshape(1, 1)
+        return grid.decode("e4m3", parts["weight"], scale, _WHOLE)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are: one block for all."""
         scale = parts[self._scale_part].reshape(1, 1)
-        return Codes("e4m3", parts.get("weight"), scale, (-1, -1))
+        return Codes("e4m3", parts.get("weight"), scale, _WHOLE)
 
     def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """FP8 codes with one scale for the whole weight."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.codec import (
     FLOAT_SCALES,
     PLAIN_SCALES,
@@ -142,31 +143,31 @@ class Int4(Codec):
         """amax / 7.5 per group, codes -8..7; asymmetric: (max - min) / 15 and a zero point."""
         if self.act_order:
             raise FormatError("act_order=true is only read; write int4 without it")
-        groups = tile.reshape(len(tile), -1, self._group(shape[1]))
         how = (self.arithmetic, scale_dtype(self.scale), self.method)
         if self.symmetric:
-            codes, scale = quantize_symmetric(groups, 4, *how)
-            return self._parts(_stored(codes.flatten(1)), scale, None, shape)
+            packed, scale = quantize_symmetric(tile, self.group_size, 4, *how)
+            return self._parts(packed.view(torch.int32), scale, None, shape)
+        groups = tile.reshape(len(tile), -1, self._group(shape[1]))
         codes, scale, zero = quantize_asymmetric(groups, 4, *how)
-        return self._parts(_stored(codes.flatten(1)), scale, _stored(zero), shape)
+        return self._parts(pack_nibbles(_stored(codes.flatten(1))), scale, _stored(zero), shape)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """(code - zero point) * scale: exact in float32 for BF16 and F16 scales."""
         rows, cols = shape
-        values = centred_nibbles(parts["weight_packed"])
-        if values.shape[1] != cols:
-            values = values[:, :cols].contiguous()
-        scale = parts["weight_scale"].to(torch.float32)
+        codes, scale = parts["weight_packed"], parts["weight_scale"].to(torch.float32)
         zero = self._zero(parts, rows)
+        if zero is None and not self.act_order:
+            packed = row_major(codes).view(torch.uint8)
+            return grid.decode("int4", packed, scale, (1, self.group_size), cols)
+        values = centred_nibbles(codes)[:, :cols].contiguous()
         if self.act_order:
             index = self._group_index(parts, cols)
             if zero is not None:
                 values.sub_(zero.to(torch.float32).sub_(MIDDLE)[:, index])
             return values.mul_(scale[:, index])
+        assert zero is not None
         groups = values.view(rows, -1, self._group(cols))
-        if zero is not None:
-            groups.sub_(zero.to(torch.float32).sub_(MIDDLE)[..., None])
-        groups.mul_(scale[..., None])
+        groups.sub_(zero.to(torch.float32).sub_(MIDDLE)[..., None]).mul_(scale[..., None])
         return values
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
@@ -203,7 +204,8 @@ class Int4(Codec):
             zero = torch.full_like(scale, MIDDLE, dtype=torch.uint8)
         else:
             zero = refine_grid(dataclasses.replace(codes, scale=zero), block, tile, self.name)
-        return self._parts(codes.codes, scale, zero, shape)
+        words = None if codes.codes is None else pack_nibbles(codes.codes)
+        return self._parts(words, scale, zero, shape)
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
@@ -255,13 +257,13 @@ class Int4(Codec):
 
     def _parts(
         self,
-        codes: torch.Tensor | None,
+        words: torch.Tensor | None,
         scale: torch.Tensor,
         zero: torch.Tensor | None,
         shape: tuple[int, int],
     ) -> dict[str, torch.Tensor]:
-        """The parts of a tile, from stored codes and zero points 0..15."""
-        parts = {} if codes is None else {"weight_packed": pack_nibbles(codes)}
+        """The parts of a tile, from packed codes and zero points 0..15."""
+        parts = {} if words is None else {"weight_packed": words}
         parts["weight_scale"] = scale
         if zero is not None:
             parts["weight_zero_point"] = row_major(pack_nibbles(zero.T).T)

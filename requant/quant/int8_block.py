@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from requant.quant.blocks import block_amax, block_strips, require_block, stored_block
+from requant.quant import grid
+from requant.quant.blocks import require_block, stored_block
 from requant.quant.codec import (
     Codec,
     Codes,
@@ -22,9 +23,8 @@ from requant.quant.codec import (
     check_specs,
     exact_cast,
     refine_grid,
-    require_finite,
 )
-from requant.quant.integer import cast_scale, round_to_int8
+from requant.quant.integer import cast_scale
 
 QUANT_METHOD = "blockwise_int8"
 INT8_MAX = 127.0
@@ -65,23 +65,16 @@ class Int8Block(Codec):
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """amax / 127 per block, codes -127..127."""
-        amax = block_amax(tile, self.block_rows, self.block_cols)
-        require_finite(amax)
+        amax = grid.amax(grid.column_peaks(tile, self.block_rows), self.block_cols)
         scale = cast_scale(amax / INT8_MAX, torch.float32)
-        codes = torch.empty(tile.shape, dtype=torch.int8, device=tile.device)
-        strips = block_strips(tile, scale, self.block_rows, self.block_cols)
-        for target, (strip, row_scale) in zip(codes.split(self.block_rows), strips, strict=True):
-            quotient = (strip / row_scale).clamp_(-INT8_MAX, INT8_MAX)
-            target.copy_(round_to_int8(quotient).view(target.shape))
+        block = (self.block_rows, self.block_cols)
+        codes = grid.encode("int8", tile, scale, block).clamp_min_(-127)
         return {"weight": codes, "weight_scale_inv": scale}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale in float32."""
-        tile = parts["weight"].to(torch.float32)
-        scale = parts["weight_scale_inv"]
-        for strip, row_scale in block_strips(tile, scale, self.block_rows, self.block_cols):
-            strip.mul_(row_scale)
-        return tile
+        block = (self.block_rows, self.block_cols)
+        return grid.decode("int8", parts["weight"], parts["weight_scale_inv"], block)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes as they are."""

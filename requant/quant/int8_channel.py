@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from requant.quant import grid
 from requant.quant.codec import (
     FLOAT_SCALES,
     PLAIN_SCALES,
@@ -95,13 +96,14 @@ class Int8Channel(Codec):
         """amax / 127.5 per row (SGLang: 127), codes -128..127."""
         half_range = 127.0 if self.container == "sglang" else 127.5
         codes, scale = quantize_symmetric(
-            tile, 8, self.arithmetic, scale_dtype(self._scale), self.method, half_range
+            tile, -1, 8, self.arithmetic, scale_dtype(self._scale), self.method, half_range
         )
-        return {"weight": codes, "weight_scale": scale[:, None]}
+        return {"weight": codes, "weight_scale": scale}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * scale, exact in float32 for BF16 and F16 scales."""
-        return parts["weight"].to(torch.float32).mul_(parts["weight_scale"].to(torch.float32))
+        scale = parts["weight_scale"].to(torch.float32)
+        return grid.decode("int8", parts["weight"], scale, (1, -1))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes as they are; a row is a block."""

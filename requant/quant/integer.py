@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 
 from requant.errors import FormatError
-from requant.quant.blocks import finite_amax
-from requant.quant.codec import FLOAT_SCALES, require_choice, require_finite, scale_dtype
+from requant.quant import grid
+from requant.quant.codec import FLOAT_SCALES, Alphabet, require_choice, require_finite, scale_dtype
 from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
@@ -47,44 +47,43 @@ def check_options(scale: str, method: str, arithmetic: str) -> None:
 
 
 def quantize_symmetric(
-    groups: torch.Tensor,
+    tile: torch.Tensor,
+    group_size: int,
     bits: int,
     arithmetic: str = "fp32",
     dtype: torch.dtype = torch.bfloat16,
     method: str = "rtn",
     half_range: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize along the last dim: [..., n] float32 -> (int8 codes [..., n], scales [...]).
+    """Quantize float32 [rows, cols] in groups of columns, -1 for whole rows: codes of 4 or 8 bits
+    as `grid.encode` gives them, and scales [rows, groups].
 
     `half_range` is what amax is divided by, (qmax - qmin) / 2 unless given.
     """
     if arithmetic == "bf16":
-        groups = groups.to(torch.bfloat16)
-    scratch = torch.empty_like(groups)
-    amax = finite_amax(groups, scratch)
+        tile = tile.to(torch.bfloat16).to(torch.float32)
+    amax = grid.amax(tile, group_size)
     half_range = half_range or (2**bits - 1) / 2
-
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
     def restore(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         step = scale.to(torch.float32)[..., None]
         return (groups / step).clamp_(least, most).round_().mul_(step)
 
-    scale = cast_scale(amax / half_range, dtype)
+    if arithmetic == "bf16":
+        scale = cast_scale((amax.to(torch.bfloat16) / half_range), dtype)
+    else:
+        scale = cast_scale(amax / half_range, dtype)
+    groups = tile.reshape(len(tile), amax.shape[1], -1)
     if method == "mse":
         candidates = ((cast_scale(amax * clip / half_range, dtype),) for clip in CLIPS)
         (scale,) = search(groups, candidates, restore)
-    step = scale.to(groups.dtype)[..., None]
-    if arithmetic == "bf16":
-        torch.div(groups, step, out=scratch)
-        return round_to_int8(scratch.clamp_(least, most)), scale
-    # The quotient, rounded to float32 and then to an integer, in one pass. The clamp, to integers,
-    # may follow: 4-bit codes are bytes even where a clip and a coarse scale double the quotient.
-    torch.addcdiv(groups.new_full(groups.shape[-1:], _ROUND), groups, step, out=scratch)
-    if bits == 4:
-        return scratch.view(torch.int32).to(torch.int8).clamp_(least, most), scale
-    scratch.clamp_(least + _ROUND, most + _ROUND)
-    return scratch.view(torch.int32).to(torch.int8), scale
+    alphabet: Alphabet = "int4" if bits == 4 else "int8"
+    step = scale.to(torch.float32)
+    if arithmetic == "bf16":  # the quotient, rounded before it becomes an integer
+        tile = (groups / step[..., None]).to(torch.bfloat16).to(torch.float32).view(tile.shape)
+        step = torch.ones_like(step)
+    return grid.encode(alphabet, tile, step, (1, group_size)), scale
 
 
 def quantize_asymmetric(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.blocks import finite_amax
+from requant.quant import grid
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -35,7 +35,7 @@ from requant.quant.codec import (
     require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
-from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, round_to_e2m1
+from requant.quant.e2m1 import E2M1_MAX, round_to_e2m1
 from requant.quant.e4m3 import fine_grained_config
 from requant.quant.e8m0 import (
     RULES,
@@ -44,7 +44,7 @@ from requant.quant.e8m0 import (
     exponent_bytes,
     require_exponents,
 )
-from requant.quant.packing import e2m1_and_scale, pack_nibbles, unpack_nibbles
+from requant.quant.packing import pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS, search
 
 GROUP = 32
@@ -137,21 +137,18 @@ class Mxfp4(Codec):
     ) -> dict[str, torch.Tensor]:
         """Exponents by the rule, codes to the nearest; the division by the scale is exact."""
         self._require_writable()
-        groups = tile.reshape(len(tile), -1, GROUP)
-        scaled = torch.empty_like(groups)
-        exponents = exponent_bytes(finite_amax(groups, scaled), E2M1_MAX, self.exponent)
+        exponents = exponent_bytes(grid.amax(tile, GROUP), E2M1_MAX, self.exponent)
         if self.method == "mse":
-            exponents = _search(groups, exponents)
-        torch.mul(groups, e8m0_reciprocal(exponents)[..., None], out=scaled)
-        return self._parts(e2m1_bytes(scaled.view(tile.shape)), exponents)
+            exponents = _search(tile.reshape(len(tile), -1, GROUP), exponents)
+        codes = grid.encode("e2m1", tile, e8m0_to_float32(exponents), (1, GROUP))
+        return self._parts(codes, exponents)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """code * 2^(b - 127), exact in float32 below 2^128. Raises FormatError for the byte 255."""
         codes, exponents, _ = _CONTAINERS[self.container]
         require_exponents(parts[exponents])
-        tile, scale = e2m1_and_scale(parts[codes].flatten(1), e8m0_to_float32(parts[exponents]))
-        tile.view(len(tile), -1, GROUP).mul_(scale[..., None])
-        return tile
+        scale = e8m0_to_float32(parts[exponents])
+        return grid.decode("e2m1", parts[codes].flatten(1), scale, (1, GROUP))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes one by one, the exponents as they are. Raises FormatError for the byte 255."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from requant.quant.blocks import finite_amax
+from requant.quant import grid
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -36,8 +36,7 @@ from requant.quant.e4m3 import (
     powers_of_two,
     upcast_e2m1,
 )
-from requant.quant.e8m0 import RULES, e8m0_reciprocal
-from requant.quant.packing import e4m3_and_scale
+from requant.quant.e8m0 import RULES
 
 GROUP_SIZE = 32
 _GROUP = (1, GROUP_SIZE)
@@ -86,18 +85,14 @@ class Mxfp8(Codec):
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """A power of two at least amax / 448 per group: no code saturates."""
-        groups = tile.reshape(len(tile), -1, GROUP_SIZE)
-        scaled = torch.empty_like(groups)
-        exponent = exponents(finite_amax(groups, scaled), self.exponent)
-        torch.mul(groups, e8m0_reciprocal(exponent)[..., None], out=scaled)
-        codes = scaled.to(torch.float8_e4m3fn)
-        return {"weight": codes.view(tile.shape), self._scale_part: exponent}
+        exponent = exponents(grid.amax(tile, GROUP_SIZE), self.exponent)
+        codes = grid.encode("e4m3", tile, powers_of_two(exponent), _GROUP)
+        return {"weight": codes, self._scale_part: exponent}
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """codes * 2^(b - 127), exact in float32 (down to its subnormals)."""
-        tile, scale = e4m3_and_scale(parts["weight"], powers_of_two(parts[self._scale_part]))
-        tile.view(len(tile), -1, GROUP_SIZE).mul_(scale[..., None])
-        return tile
+        scale = powers_of_two(parts[self._scale_part])
+        return grid.decode("e4m3", parts["weight"], scale, _GROUP)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are, exponents as E8M0."""

@@ -21,7 +21,7 @@ import torch
 
 import requant
 from requant.errors import FormatError
-from requant.quant.blocks import finite_amax
+from requant.quant import grid
 from requant.quant.codec import (
     Alphabet,
     Codec,
@@ -37,10 +37,9 @@ from requant.quant.codec import (
     tile_amax,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
-from requant.quant.e2m1 import E2M1_MAX, e2m1_bytes, round_to_e2m1
+from requant.quant.e2m1 import E2M1_MAX, round_to_e2m1
 from requant.quant.e4m3 import E4M3_MAX
 from requant.quant.packing import (
-    e2m1_and_scale,
     e4m3_to_float32,
     pack_nibbles,
     unpack_nibbles,
@@ -126,23 +125,18 @@ class Nvfp4(Codec):
         """Local scales are global * amax / 6 in E4M3, codes the nearest of weight / (local /
         global); in ModelOpt's container with its own order of operations."""
         tile = self._round(tile)
-        groups = tile.reshape(len(tile), -1, GROUP)
-        scaled = torch.empty_like(groups)
-        amax = finite_amax(groups, scaled)
         whole = self._global(self.measure(tile) if summary is None else summary)
-        local = self._local(amax, whole)
+        local = self._local(grid.amax(tile, GROUP), whole)
         if self.method == "mse":
-            local = self._search(groups, local, whole)
-        torch.div(groups, self._scale(local, whole)[..., None], out=scaled)
-        return self._parts(e2m1_bytes(scaled.view(tile.shape)), local, whole)
+            local = self._search(tile.reshape(len(tile), -1, GROUP), local, whole)
+        codes = grid.encode("e2m1", tile, self._scale(local, whole), (1, GROUP))
+        return self._parts(codes, local, whole)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """code * (local / global), or code * (local * scale_2): two roundings in float32."""
         codes, local, whole, _ = _CONTAINERS[self.container]
         scale = self._scale(parts[local], self._checked(parts[whole]))
-        tile, scale = e2m1_and_scale(parts[codes], scale)
-        tile.view(len(tile), -1, GROUP).mul_(scale[..., None])
-        return tile
+        return grid.decode("e2m1", parts[codes], scale, (1, GROUP))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes one by one and the local scales as they are; the divisor is compressed-tensors'

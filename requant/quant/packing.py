@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from requant.quant.compiled import array, loops_for
+
 
 def row_major(matrix: torch.Tensor) -> torch.Tensor:
     """The same matrix, row after row in memory, with the strides that `view(dtype)` insists on
@@ -24,6 +26,11 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     missing = -codes.shape[1] % 8
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
+    loops = loops_for(codes)
+    if loops is not None:
+        words = torch.empty((codes.shape[0], codes.shape[1] // 8), dtype=torch.int32)
+        loops.pack(array(codes).reshape(-1), array(words).view("u1").reshape(-1))
+        return words
     pairs = row_major(codes).view(torch.int16)
     return pairs.bitwise_right_shift(4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)
 
@@ -31,6 +38,11 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def unpack_nibbles(words: torch.Tensor, cols: int) -> torch.Tensor:
     """int32 words [rows, ceil(cols/8)] -> uint8 codes 0..15 [rows, cols]: undoes `pack_nibbles`."""
     pairs = row_major(words).view(torch.uint8)
+    loops = loops_for(words)
+    if loops is not None:
+        codes = torch.empty((pairs.shape[0], 2 * pairs.shape[1]), dtype=torch.uint8)
+        loops.unpack(array(pairs).reshape(-1), array(codes).reshape(-1))
+        return codes[:, :cols]
     return torch.stack((pairs & 0xF, pairs >> 4), dim=2).flatten(1)[:, :cols]
 
 

@@ -178,7 +178,8 @@ def test_integers_move_by_about_a_step_at_most(text: str, arithmetic: str, weigh
 def test_the_integer_grid_shifts_by_hand() -> None:
     """amax 7.5 on the negative side: scale 1, code -8. Decoded amax 8: scale 8 / 7.5 in BF16."""
     row = torch.tensor([[-7.5, 3.0]])
-    codes, scale = quantize_symmetric(row, 4, "fp32")
-    assert scale.item() == 1.0 and codes.tolist() == [[-8.0, 3.0]]
-    codes, scale = quantize_symmetric(codes.to(torch.float32), 4, "fp32")
-    assert scale.item() == 1.0703125 and codes.tolist() == [[-7.0, 3.0]]
+    codes, scale = quantize_symmetric(row, -1, 4)
+    assert scale.item() == 1.0 and codes.tolist() == [[0xB0, 0, 0, 0]]  # plus 8, low nibble first
+    row = torch.tensor([[-8.0, 3.0]])
+    codes, scale = quantize_symmetric(row, -1, 4)
+    assert scale.item() == 1.0703125 and codes.tolist() == [[0xB1, 0, 0, 0]]
