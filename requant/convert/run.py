@@ -153,7 +153,9 @@ def _write_files(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a sum over several threads depends on their number
     try:
-        with ThreadPoolExecutor(runtime.workers) as pool:
+        with contextlib.ExitStack() as leaving:
+            pool = ThreadPoolExecutor(runtime.workers)
+            leaving.callback(pool.shutdown, cancel_futures=True)
             steps = Steps(plan.source, runtime.device, pool)
             for number in runtime.team.share(len(todo)):
                 files = [file for file in todo[number].files if file.name not in finished]

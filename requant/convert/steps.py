@@ -6,8 +6,7 @@ Memory is a few tiles per worker whatever the model's size.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,6 @@ COPY_BYTES = 1 << 22
 
 #: Rows of a tile, at least, where they lie along the columns of a stored part.
 TALL_ROWS = 1024
-#: Tiles that are measured at a time.
-IN_FLIGHT = 8
 
 T = TypeVar("T")
 
@@ -57,19 +54,36 @@ class Summaries:
 
     def __init__(self, source: Checkpoint, device: torch.device, pool: ThreadPoolExecutor) -> None:
         self._source, self._device, self._pool = source, device, pool
+        self._begun: dict[tuple[str, ...], list[Future[list[torch.Tensor]]]] = {}
         self._known: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def begin(self, weight: PlannedWeight) -> None:
+        """Let the workers compute what `of` will be asked for."""
+        key = self._key(weight)
+        if key and key not in self._known and key not in self._begun:
+            assert weight.codec is not None
+            self._begun[key] = list(self._measure(weight.codec, weight.companions))
 
     def of(self, weight: PlannedWeight) -> torch.Tensor | None:
         """The summary for `weight`; None when its format needs none."""
-        if not weight.companions:
+        key = self._key(weight)
+        if not key:
             return None
-        key = tuple(companion.name for companion in weight.companions)
+        self.begin(weight)
         if key not in self._known:
             assert weight.codec is not None
-            self._known[key] = self._compute(weight.codec, weight.companions)
+            measured = [one for future in self._begun.pop(key) for one in future.result()]
+            self._known[key] = weight.codec.summarize(measured)
         return self._known[key]
 
-    def _compute(self, codec: Codec, companions: Sequence[StoredWeight]) -> torch.Tensor:
+    def _key(self, weight: PlannedWeight) -> tuple[str, ...]:
+        return tuple(companion.name for companion in weight.companions)
+
+    def _measure(
+        self, codec: Codec, companions: Sequence[StoredWeight]
+    ) -> Iterator[Future[list[torch.Tensor]]]:
+        """What waits in the pool holds no memory, what is done only its measures."""
+
         def measure(stored: StoredWeight, start: int, stop: int) -> list[torch.Tensor]:
             def of_tile(a: int, b: int) -> torch.Tensor:
                 rows = self._source.amax_rows if codec.measures_amax else self._source.decode_rows
@@ -78,17 +92,9 @@ class Summaries:
 
             return [of_tile(*rows) for rows in _ranges(stored, codec, TILE_ELEMENTS, start, stop)]
 
-        # A window of steps at a time: what waits holds no memory, what is done only its measures.
-        measured: list[torch.Tensor] = []
-        pending: deque[Future[list[torch.Tensor]]] = deque()
         for stored in companions:
             for start, stop in _ranges(stored, codec, CHUNK_ELEMENTS):
-                pending.append(self._pool.submit(measure, stored, start, stop))
-                if len(pending) >= IN_FLIGHT:
-                    measured += pending.popleft().result()
-        for future in pending:
-            measured += future.result()
-        return codec.summarize(measured)
+                yield self._pool.submit(measure, stored, start, stop)
 
 
 class Steps:
@@ -99,9 +105,11 @@ class Steps:
         self._source, self._device = source, device
         self._summaries = Summaries(source, device, pool)
 
-    def of(self, weights: Iterable[PlannedWeight]) -> Iterator[Callable[[], Tiles]]:
-        """One step a few tiles."""
-        for weight in weights:
+    def of(self, weights: Sequence[PlannedWeight]) -> Iterator[Callable[[], Tiles]]:
+        """One step a few tiles. The next weight is measured while workers encode this one."""
+        for number, weight in enumerate(weights):
+            for following in weights[number : number + 2]:
+                self._summaries.begin(following)
             if weight.codec is None:
                 yield from self._copies(weight)
                 continue
