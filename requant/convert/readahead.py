@@ -6,11 +6,8 @@ pass. The last windows stay in memory, for a second look at a weight.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,25 +36,6 @@ def windows_of(files: int, windows: int) -> tuple[int, int]:
     budget = (windows + UNHASHED + 1) * WINDOW_BYTES
     size = budget // (files * (SHARED_WINDOWS + UNHASHED + 1)) // DATA_ALIGNMENT * DATA_ALIGNMENT
     return SHARED_WINDOWS, max(size, LEAST_BYTES)
-
-
-class Buffers:
-    """Page-aligned memory of one size that is used again: touching fresh pages takes longer than
-    reading a disk."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._free: list[mmap.mmap] = []
-
-    def take(self) -> torch.Tensor:
-        """A buffer as uint8; it comes back when nothing views the tensor any more."""
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = mmap.mmap(-1, self._nbytes)
-        lent = (ctypes.c_ubyte * self._nbytes).from_buffer(memory)
-        weakref.finalize(lent, self._free.append, memory)
-        return torch.frombuffer(lent, dtype=torch.uint8)
 
 
 class ReadAhead:

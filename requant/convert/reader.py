@@ -19,13 +19,14 @@ import torch
 
 from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.header import DATA_ALIGNMENT, read_exactly
-from requant.convert.readahead import Buffers, ReadAhead
+from requant.convert.readahead import ReadAhead
 from requant.errors import CheckpointError, FormatError
+from requant.memory import Buffers
 from requant.quant.codec import TORCH_DTYPES
 from requant.quant.cutting import Patch
 
 #: While a file is read ahead, other reads of at least this size go past the page cache, too.
-DIRECT_BYTES = 1 << 20
+DIRECT_BYTES = 1 << 18
 
 
 class Files:

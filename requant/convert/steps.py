@@ -22,7 +22,7 @@ from requant.quant import Codec
 
 #: Elements that are decoded and encoded at a time, about 10 bytes each at the peak of encoding,
 #: and how many are one step of work.
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 1 << 21
 CHUNK_ELEMENTS = 1 << 22
 #: Bytes a worker copies at a time.
 COPY_BYTES = 1 << 22

@@ -21,7 +21,6 @@ from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.blocks import (
     block_range,
-    reduce_columns,
     require_block,
     stored_block,
 )
@@ -55,7 +54,6 @@ from requant.quant.e4m3 import (
     scale_to_float32,
     upcast_e2m1,
 )
-from requant.quant.packing import e4m3_to_float32
 
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
@@ -147,11 +145,9 @@ class Fp8Block(Codec):
         return grid.decode("e4m3", parts["weight"], scale, self._block)
 
     def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Each block's largest code, NaN the largest of all, times its scale."""
-        strips = (parts["weight"].view(torch.int8) & 0x7F).split(self.block_rows)
-        codes = reduce_columns(torch.stack([strip.amax(0) for strip in strips]), self.block_cols)
-        largest = e4m3_to_float32(codes.view(torch.float8_e4m3fn))
-        return largest.mul_(scale_to_float32(parts[self._scale_part]).abs()).amax().reshape(1)
+        """Each block's largest code times its scale."""
+        scale = scale_to_float32(parts[self._scale_part])
+        return grid.largest("e4m3", parts["weight"], scale, self._block)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from requant.memory import empty
 from requant.quant.blocks import block_strips, reduce_columns
-from requant.quant.codec import Alphabet, require_finite
+from requant.quant.codec import Alphabet, require_finite, tile_amax
 from requant.quant.compiled import array, loops_for
 from requant.quant.e2m1 import e2m1_bytes, e2m1_codes_to_float32
 from requant.quant.packing import (
@@ -24,6 +25,10 @@ from requant.quant.packing import (
 )
 
 _E4M3 = torch.float8_e4m3fn
+#: Alphabets of which a byte holds two codes.
+_PACKED = ("int4", "e2m1")
+#: The bits of the smallest float32 that BF16 rounds to infinity.
+_BEYOND_BF16 = 0x7F7F8000
 
 
 def decode(
@@ -37,11 +42,11 @@ def decode(
     product rounded once. `cols` need be told of packed codes only where the last byte or word is
     not full."""
     if cols is None:
-        cols = codes.shape[1] * (2 if alphabet in ("int4", "e2m1") else 1)
+        cols = codes.shape[1] * (2 if alphabet in _PACKED else 1)
     shape = codes.shape[0], cols
     loops = loops_for(codes)
     if loops is not None:
-        tile = torch.empty(shape)
+        tile = empty(shape)
         loop = getattr(loops, f"decode_{alphabet}")
         loop(array(codes, torch.uint8), array(scale), *_sides(block, shape), array(tile))
         return tile
@@ -72,7 +77,7 @@ def encode(
     loops = loops_for(tile)
     if loops is not None:
         width = {"e2m1": cols // 2, "int4": -(-cols // 8) * 4}.get(alphabet, cols)
-        codes = torch.empty((rows, width), dtype=torch.uint8)
+        codes = empty((rows, width), torch.uint8)
         loop = getattr(loops, f"encode_{alphabet}")
         loop(array(tile), array(scale), *_sides(block, (rows, cols)), array(codes))
         return codes.view({"e4m3": _E4M3, "int8": torch.int8}.get(alphabet, torch.uint8))
@@ -98,7 +103,7 @@ def upcast_e2m1(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
     shape = codes.shape[0], codes.shape[1]
     loops = loops_for(codes)
     if loops is not None:
-        wide = torch.empty(shape, dtype=torch.uint8)
+        wide = empty(shape, torch.uint8)
         loops.upcast_e2m1(array(codes), array(scale), *_sides(block, shape), array(wide))
         return wide.view(_E4M3)
     values = e2m1_codes_to_float32(codes)
@@ -113,7 +118,7 @@ def column_peaks(tile: torch.Tensor, block_rows: int) -> torch.Tensor:
     loops = loops_for(tile)
     if loops is None:
         return torch.stack([strip.abs().amax(0) for strip in tile.split(block_rows)])
-    peaks = torch.empty((-(-tile.shape[0] // block_rows), tile.shape[1]))
+    peaks = empty((-(-tile.shape[0] // block_rows), tile.shape[1]))
     loops.peaks(array(tile), block_rows, array(peaks))
     return peaks
 
@@ -127,10 +132,35 @@ def amax(tile: torch.Tensor, block_cols: int = -1) -> torch.Tensor:
     if loops is None:
         largest = reduce_columns(tile.abs(), block_cols)
     else:
-        largest = torch.empty((rows, -(-cols // block_cols)))
+        largest = empty((rows, -(-cols // block_cols)))
         loops.amax(array(tile), block_cols, array(largest))
     require_finite(largest.amax() if largest.numel() else largest)
     return largest
+
+
+def largest(
+    alphabet: Alphabet, codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """The largest magnitude that `decode` gives, NaN the largest of all: float32 [1]."""
+    loops = loops_for(codes)
+    loop = getattr(loops, f"largest_{alphabet}", None)
+    if loop is None:
+        return tile_amax(decode(alphabet, codes, scale, block))
+    sides = _sides(block, (codes.shape[0], codes.shape[1] * (2 if alphabet in _PACKED else 1)))
+    bits = loop(array(codes, torch.uint8), array(scale), *sides)
+    return torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
+
+
+def round_to_bf16(tile: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Float32 rounded to BF16, a tie to the even one; whether all of it is finite, which is only
+    sure where this says so."""
+    loops = loops_for(tile)
+    if loops is None:
+        rounded = tile.to(torch.bfloat16)
+        return rounded, bool(torch.isfinite(rounded.sum()))
+    rounded = empty(tuple(tile.shape), torch.bfloat16)
+    largest = loops.encode_bf16(array(tile).reshape(-1), array(rounded, torch.uint16).reshape(-1))
+    return rounded, largest < _BEYOND_BF16
 
 
 def _sides(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:

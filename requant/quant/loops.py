@@ -51,15 +51,59 @@ def _float_of(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), lambda c, b, s, a: b.bitcast(a[0], ir.FloatType())
 
 
+_I32 = ir.IntType(32)
+_16_FLOATS, _16_INTS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_I32, 16)
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """The address of an array's element."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+
+
+def _splat_of(context: Any, row: Any, start: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _place(context, builder, signature.args[0], args[0], args[1])
+        none = ir.Constant(_16_FLOATS, ir.Undefined)
+        first = builder.insert_element(none, args[2], ir.Constant(_I32, 0))
+        same = ir.Constant(_16_INTS, [0] * 16)
+        vector = builder.shuffle_vector(first, none, same)
+        builder.store(vector, builder.bitcast(place, _16_FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp, types.float32), generate
+
+
+def _largest_of(context: Any, row: Any, start: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _place(context, builder, signature.args[0], args[0], args[1])
+        vector = builder.load(builder.bitcast(place, _16_INTS.as_pointer()), align=4)
+        sizes = builder.and_(vector, ir.Constant(_16_INTS, [int(_MAGNITUDE)] * 16))
+        kind = ir.FunctionType(_I32, [_16_INTS])
+        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.umax", [_16_INTS], kind)
+        return builder.call(reduce, [sizes])
+
+    return types.uint32(row, types.intp), generate
+
+
 #: The uint32 with the bits of a float32, and back.
 _bits: Any = intrinsic(_bits_of)
 _float: Any = intrinsic(_float_of)
+#: `_splat16(row, start, value)`: 16 floats from `start` on become `value`. `_largest16(row,
+#: start)`: of 16 floats, as uint32, the bits of the largest magnitude. LLVM makes vector
+#: instructions of long loops, but not of loops as short as the groups of a format.
+_splat16: Any = intrinsic(_splat_of)
+_largest16: Any = intrinsic(_largest_of)
 
 
 @_compiled
 def _spread(scales: Floats, size: int, row: Floats) -> None:
     """Each scale to its `size` columns."""
-    for group in range(scales.shape[0]):
+    if size == 16 or size == 32:
+        for group in range(row.shape[0] // size):
+            for start in range(group * size, (group + 1) * size, 16):
+                _splat16(row, start, scales[group])
+    whole = row.shape[0] // size if size == 16 or size == 32 else 0
+    for group in range(whole, scales.shape[0]):
         row[group * size : min((group + 1) * size, row.shape[0])] = scales[group]
 
 
@@ -273,12 +317,85 @@ def amax(tile: Floats, block_cols: int, out: Floats) -> None:
     columns; NaN counts as larger than all else."""
     bits, most = tile.view(U32), out.view(U32)
     for r in range(tile.shape[0]):
-        for group in range(out.shape[1]):
+        whole = tile.shape[1] // block_cols if block_cols == 16 or block_cols == 32 else 0
+        for group in range(whole):
+            largest = _largest16(bits[r], group * block_cols)
+            if block_cols == 32:
+                largest = max(largest, _largest16(bits[r], group * block_cols + 16))
+            most[r, group] = largest
+        for group in range(whole, out.shape[1]):
             part = bits[r, group * block_cols : min((group + 1) * block_cols, tile.shape[1])]
             largest = U32(0)
             for i in range(part.shape[0]):
                 largest = max(largest, U32(part[i] & _MAGNITUDE))
             most[r, group] = largest
+
+
+@_compiled
+def largest_e4m3(codes: Bytes, scale: Floats, block_rows: int, block_cols: int) -> Any:
+    """The bits of the largest magnitude of what `decode_e4m3` gives."""
+    largest = U32(0)
+    for r in range(codes.shape[0]):
+        scales = scale[r // block_rows]
+        for group in range(scales.shape[0]):
+            stop = min((group + 1) * block_cols, codes.shape[1])
+            part = codes[r, group * block_cols : stop]
+            code = U8(0)
+            for i in range(part.shape[0]):
+                code = max(code, U8(part[i] & U8(0x7F)))
+            product = _e4m3_value(code) * scales[group]
+            largest = max(largest, U32(_bits(product) & _MAGNITUDE))
+    return largest
+
+
+@_compiled
+def largest_e2m1(codes: Bytes, scale: Floats, block_rows: int, block_cols: int) -> Any:
+    """The bits of the largest magnitude of what `decode_e2m1` gives."""
+    each = np.empty(codes.shape[1], U8)
+    groups = (2 * codes.shape[1] + block_cols - 1) // block_cols
+    most = np.empty(groups, U8)
+    largest = U32(0)
+    for r in range(codes.shape[0]):
+        source, scales = codes[r], scale[r // block_rows]
+        for i in range(source.shape[0]):
+            each[i] = max(U8(source[i] & U8(7)), U8(U8(source[i] >> U8(4)) & U8(7)))
+        _group_maxima(each, block_cols // 2, most)
+        for group in range(groups):
+            product = _e2m1_value(most[group]) * scales[group]
+            largest = max(largest, U32(_bits(product) & _MAGNITUDE))
+    return largest
+
+
+@_compiled
+def _group_maxima(codes: Bytes, size: int, most: Bytes) -> None:
+    """The largest of each run of `size` bytes, overwriting them: pairs first, which is fast where
+    runs are short, as long as they are even."""
+    count = codes.shape[0]
+    while size % 2 == 0 and count % size == 0:
+        size, count = size // 2, count // 2
+        for i in range(count):
+            codes[i] = max(codes[2 * i], codes[2 * i + 1])
+    for group in range(most.shape[0]):
+        largest = U8(0)
+        for i in range(group * size, min((group + 1) * size, count)):
+            largest = max(largest, codes[i])
+        most[group] = largest
+
+
+@_compiled
+def nvfp4_scales(
+    amax: Floats, whole: float, divides: bool, empty: int, local: Bytes, scale: Floats
+) -> None:
+    """Flat: of groups with these maxima the E4M3 scales, `empty` for what rounds to 0, and what
+    codes are multiplied by; see `Nvfp4`."""
+    factor, sixfold = F32(whole), F32(F32(whole) * F32(6))
+    for i in range(amax.shape[0]):
+        wanted = (amax[i] / F32(6)) * factor if divides else amax[i] / sixfold
+        code = _e4m3_code(wanted)
+        code = U8(empty) if code == U8(0) else code
+        value = _e4m3_value(code)
+        local[i] = code
+        scale[i] = value / factor if divides else value * factor
 
 
 @_compiled

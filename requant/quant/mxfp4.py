@@ -150,6 +150,13 @@ class Mxfp4(Codec):
         scale = e8m0_to_float32(parts[exponents])
         return grid.decode("e2m1", parts[codes].flatten(1), scale, (1, GROUP))
 
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """Each group's largest code times its scale. Raises FormatError for the byte 255."""
+        codes, exponents, _ = _CONTAINERS[self.container]
+        require_exponents(parts[exponents])
+        scale = e8m0_to_float32(parts[exponents])
+        return grid.largest("e2m1", parts[codes].flatten(1), scale, (1, GROUP))
+
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes one by one, the exponents as they are. Raises FormatError for the byte 255."""
         codes, exponents, _ = _CONTAINERS[self.container]

@@ -21,6 +21,7 @@ import torch
 
 import requant
 from requant.errors import FormatError
+from requant.memory import empty
 from requant.quant import grid
 from requant.quant.codec import (
     Alphabet,
@@ -36,6 +37,7 @@ from requant.quant.codec import (
     require_groups,
     tile_amax,
 )
+from requant.quant.compiled import array, loops_for
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
 from requant.quant.e2m1 import E2M1_MAX, round_to_e2m1
 from requant.quant.e4m3 import E4M3_MAX
@@ -126,10 +128,11 @@ class Nvfp4(Codec):
         global); in ModelOpt's container with its own order of operations."""
         tile = self._round(tile)
         whole = self._global(self.measure(tile) if summary is None else summary)
-        local = self._local(grid.amax(tile, GROUP), whole)
+        local, scale = self._scales(grid.amax(tile, GROUP), whole)
         if self.method == "mse":
             local = self._search(tile.reshape(len(tile), -1, GROUP), local, whole)
-        codes = grid.encode("e2m1", tile, self._scale(local, whole), (1, GROUP))
+            scale = self._scale(local, whole)
+        codes = grid.encode("e2m1", tile, scale, (1, GROUP))
         return self._parts(codes, local, whole)
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
@@ -137,6 +140,12 @@ class Nvfp4(Codec):
         codes, local, whole, _ = _CONTAINERS[self.container]
         scale = self._scale(parts[local], self._checked(parts[whole]))
         return grid.decode("e2m1", parts[codes], scale, (1, GROUP))
+
+    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """Each group's largest code times its scale."""
+        codes, local, whole, _ = _CONTAINERS[self.container]
+        scale = self._scale(parts[local], self._checked(parts[whole]))
+        return grid.largest("e2m1", parts[codes], scale, (1, GROUP))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes one by one and the local scales as they are; the divisor is compressed-tensors'
@@ -231,6 +240,20 @@ class Nvfp4(Codec):
         else:
             whole = (most / amax).clamp_max_(_MOST)
         return torch.where(amax == 0, 1.0, whole)
+
+    def _scales(self, amax: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The E4M3 scales of groups with these maxima, and what their codes are multiplied by."""
+        loops = loops_for(amax)
+        if loops is None or self.arithmetic == "bf16":
+            local = self._local(amax, whole)
+            return local, self._scale(local, whole)
+        divides, empty_group = self.container == QUANT_METHOD, _CONTAINERS[self.container][3]
+        (code,) = torch.tensor([empty_group]).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+        local = empty(tuple(amax.shape), torch.uint8)
+        scale = empty(tuple(amax.shape))
+        flat = (array(tensor).reshape(-1) for tensor in (amax, local, scale))
+        loops.nvfp4_scales(next(flat), float(whole), divides, code, *flat)
+        return local.view(torch.float8_e4m3fn), scale
 
     def _local(self, amax: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """The E4M3 scales of groups with these maxima; what rounds to 0 gets the container's own

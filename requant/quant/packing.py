@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from requant.memory import empty
 from requant.quant.compiled import array, loops_for
 
 
@@ -28,7 +29,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
         codes = torch.nn.functional.pad(codes, (0, missing))
     loops = loops_for(codes)
     if loops is not None:
-        words = torch.empty((codes.shape[0], codes.shape[1] // 8), dtype=torch.int32)
+        words = empty((codes.shape[0], codes.shape[1] // 8), torch.int32)
         loops.pack(array(codes).reshape(-1), array(words).view("u1").reshape(-1))
         return words
     pairs = row_major(codes).view(torch.int16)
@@ -40,7 +41,7 @@ def unpack_nibbles(words: torch.Tensor, cols: int) -> torch.Tensor:
     pairs = row_major(words).view(torch.uint8)
     loops = loops_for(words)
     if loops is not None:
-        codes = torch.empty((pairs.shape[0], 2 * pairs.shape[1]), dtype=torch.uint8)
+        codes = empty((pairs.shape[0], 2 * pairs.shape[1]), torch.uint8)
         loops.unpack(array(pairs).reshape(-1), array(codes).reshape(-1))
         return codes[:, :cols]
     return torch.stack((pairs & 0xF, pairs >> 4), dim=2).flatten(1)[:, :cols]

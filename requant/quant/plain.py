@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.memory import empty
+from requant.quant import grid
 from requant.quant.codec import (
     TORCH_DTYPES,
     Alphabet,
@@ -57,8 +59,12 @@ class Plain(Codec):
         self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Round to the dtype; a finite value beyond its range is refused, not made infinite."""
-        encoded = tile.to(TORCH_DTYPES[self.dtype])
-        if bool(torch.isfinite(encoded.sum())):  # so are the terms; not always the other way round
+        if self.dtype == "BF16":
+            encoded, finite = grid.round_to_bf16(tile)
+        else:
+            encoded = tile.to(TORCH_DTYPES[self.dtype])
+            finite = bool(torch.isfinite(encoded.sum()))  # so are the terms
+        if finite:
             return {"weight": encoded}
         largest = tile_amax(tile)
         require_finite(largest)
@@ -72,7 +78,10 @@ class Plain(Codec):
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Widen to float32 (exact)."""
-        return parts["weight"].to(torch.float32)
+        weight = parts["weight"]
+        if weight.device.type != "cpu":
+            return weight.to(torch.float32)
+        return empty(tuple(weight.shape)).copy_(weight)
 
     def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """From the bits of 16-bit floats: without their sign they are in the order of the values,

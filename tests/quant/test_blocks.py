@@ -5,36 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from requant.errors import FormatError
-from requant.quant.blocks import block_range, block_strips, finite_amax
+from requant.quant.blocks import block_range, block_strips
 from requant.quant.packing import e4m3_and_scale
-
-
-@pytest.mark.parametrize("n", [8, 16, 24, 32, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_amax(n: int, dtype: torch.dtype) -> None:
-    """Of groups of any length, from zeros and subnormals to huge values; and of none."""
-    generator = torch.Generator().manual_seed(n)
-    powers = torch.randint(-149, 120, (16, 12, n), generator=generator).to(torch.float32).exp2_()
-    groups = torch.randn(16, 12, n, generator=generator).mul_(powers).to(dtype)
-    groups[0], groups[1] = 0.0, -0.0
-    assert torch.equal(finite_amax(groups), groups.abs().amax(-1))
-    assert torch.equal(finite_amax(groups, torch.empty_like(groups)), groups.abs().amax(-1))
-    assert finite_amax(groups[:0]).shape == (0, 12)
-
-
-@pytest.mark.parametrize("n", [8, 16, 32, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_amax_refuses(n: int, dtype: torch.dtype, value: float, sign: float) -> None:
-    """NaN and infinity of either sign, wherever they are."""
-    bad = torch.tensor(value).copysign(torch.tensor(sign))
-    for position in (0, n // 2, n - 1):
-        groups = torch.ones(4, 8, n, dtype=dtype)
-        groups[2, 5, position] = bad
-        with pytest.raises(FormatError, match="NaN or infinity"):
-            finite_amax(groups)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 16), (20, 21)])

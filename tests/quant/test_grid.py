@@ -1,0 +1,243 @@
+"""Codes and grids of scales: the compiled loops give torch's bits, and both what the words say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from requant.errors import FormatError
+from requant.quant import CODECS, Codec, compiled, format_name, grid
+from requant.quant.codec import Alphabet
+
+ALPHABETS: tuple[Alphabet, ...] = ("e4m3", "e2m1", "int4", "int8")
+SHAPES = [(1, 16), (7, 96), (128, 256), (130, 320)]
+BLOCKS = [(1, 16), (1, 32), (1, -1), (128, 128), (3, 48), (-1, -1)]
+#: From the smallest subnormal to where products overflow.
+POWERS = [-149, -130, -60, 0, 60, 127]
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`by_torch(f, ...)`: the call as where Numba is not installed."""
+
+    def call(work: Callable[..., Any], *arguments: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(compiled, "_loops", lambda: None)
+            return work(*arguments)
+
+    return call
+
+
+def values_of(alphabet: Alphabet) -> torch.Tensor:
+    """What all codes of an alphabet stand for, in ascending order."""
+    match alphabet:
+        case "e4m3":
+            codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+            positive = codes.to(torch.float32)
+            return torch.cat((-positive.flip(0)[:-1], positive))
+        case "e2m1":
+            positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+            return torch.cat((-positive.flip(0)[:-1], positive))
+        case "int4":
+            return torch.arange(-8.0, 8.0)
+        case "int8":
+            return torch.arange(-128.0, 128.0)
+
+
+def wild(shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Floats of any finite bits, among them zeros of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(0, 0x7F800000, shape, generator=generator, dtype=torch.int32)
+    tile = bits.view(torch.float32) * torch.randn(shape, generator=generator).sign()
+    tile.view(-1)[::7] = 0.0
+    tile.view(-1)[3::11] = -0.0
+    return tile
+
+
+def scales(shape: tuple[int, int], block: tuple[int, int], power: int) -> torch.Tensor:
+    """Positive floats near a power of two, one for each block."""
+    sides = (b if b > 0 else side for b, side in zip(block, shape, strict=True))
+    rows, cols = (-(-side // b) for side, b in zip(shape, sides, strict=True))
+    generator = torch.Generator().manual_seed(rows + cols)
+    near = torch.rand(rows, cols, generator=generator) * 0.9 + 1
+    return torch.ldexp(near, torch.tensor(power))
+
+
+def test_numba_is_there() -> None:
+    """The rest of this module would compare torch with torch."""
+    assert compiled.loops_for(torch.zeros(1)) is not None
+    assert compiled.loops_for(torch.zeros(1, device="meta")) is None
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_loops_encode_and_decode_as_torch_does(
+    alphabet: Alphabet, shape: tuple[int, int], block: tuple[int, int], by_torch: Any, same: Any
+) -> None:
+    """Tiles around the scales, where every code is met, and tiles of any bits, which overflow."""
+    for power in POWERS:
+        scale = scales(shape, block, power)
+        generator = torch.Generator().manual_seed(power)
+        near = torch.randn(shape, generator=generator) * values_of(alphabet)[-1] / 2
+        for tile in (torch.ldexp(near, torch.tensor(power)), wild(shape, power)):
+            tile[~torch.isfinite(tile)] = 0
+            codes = grid.encode(alphabet, tile, scale, block)
+            assert same(codes, by_torch(grid.encode, alphabet, tile, scale, block))
+            decoded = grid.decode(alphabet, codes, scale, block, shape[1])
+            assert same(decoded, by_torch(grid.decode, alphabet, codes, scale, block, shape[1]))
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_codes_are_the_nearest(alphabet: Alphabet, by_torch: Any, same: Any) -> None:
+    """At every value, every point halfway between two, beside them, and beyond the last."""
+    values = values_of(alphabet)
+    halfway = torch.tensor([(low + high) / 2 for low, high in pairwise(values.tolist())])
+    exact = torch.cat((values, halfway, values[[0, -1]] * 1.5, values[[0, -1]] * 1e30))
+    infinity = torch.tensor(torch.inf)
+    tile = torch.cat((exact, exact.nextafter(infinity), exact.nextafter(-infinity)))
+    tile = torch.nn.functional.pad(tile, (0, -len(tile) % 8))[None]
+    one = torch.ones(1, 1)
+    codes = grid.encode(alphabet, tile, one, (1, -1))
+    assert same(codes, by_torch(grid.encode, alphabet, tile, one, (1, -1)))
+    decoded = grid.decode(alphabet, codes, one, (1, -1), tile.shape[1])[0].double()
+    distance = (tile[0].double()[:, None] - values.double()).abs()
+    assert torch.equal((tile[0] - decoded).abs(), distance.amin(1))
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_every_byte_is_decoded_as_torch_does(alphabet: Alphabet, by_torch: Any, same: Any) -> None:
+    """NaN codes included; from memory that is not contiguous, too."""
+    codes = torch.arange(256, dtype=torch.uint8)[None].repeat(3, 1)
+    if alphabet in ("e4m3", "int8"):
+        codes = codes.view(torch.float8_e4m3fn if alphabet == "e4m3" else torch.int8)
+    scale = torch.tensor([[3.0], [-0.1], [2.0**-149]])
+    for stored in (codes, codes[:, 1::2]):
+        found = grid.decode(alphabet, stored, scale, (1, -1))
+        expected = by_torch(grid.decode, alphabet, stored.contiguous(), scale, (1, -1))
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert same(found.nan_to_num(7), expected.nan_to_num(7))
+        assert found.isnan().any() == (alphabet == "e4m3")
+
+
+@pytest.mark.parametrize("cols", [8, 12, 17])
+def test_int4_of_any_width(cols: int, by_torch: Any, same: Any) -> None:
+    """The last word is filled up with zero bits."""
+    tile, one = torch.arange(2.0 * cols).remainder(16).sub(8).view(2, cols), torch.ones(2, 1)
+    codes = grid.encode("int4", tile, one, (1, -1))
+    assert codes.shape == (2, -(-cols // 8) * 4)
+    assert same(codes, by_torch(grid.encode, "int4", tile, one, (1, -1)))
+    assert not codes.flatten(0)[cols // 2 + 1 : codes.shape[1]].any()
+    assert torch.equal(grid.decode("int4", codes, one, (1, -1), cols), tile)
+
+
+def test_upcast(by_torch: Any, same: Any) -> None:
+    """Every E2M1 code times every power of two with which it is an E4M3 value."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(15)[None]
+    scale = torch.arange(-8.0, 7.0).exp2()[None]
+    wide = grid.upcast_e2m1(codes, scale, (1, 16))
+    assert same(wide, by_torch(grid.upcast_e2m1, codes, scale, (1, 16)))
+    values = values_of("e2m1")[7:]
+    expected = torch.cat((values, -values)).repeat(15) * scale[0].repeat_interleave(16)
+    assert torch.equal(wide.to(torch.float32)[0], expected)
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_largest(
+    alphabet: Alphabet, shape: tuple[int, int], block: tuple[int, int], by_torch: Any, same: Any
+) -> None:
+    """That of the decoded tile, wherever it is, though scales be negative; NaN codes included."""
+    generator = torch.Generator().manual_seed(0)
+    width = shape[1] // 2 if alphabet in ("e2m1", "int4") else shape[1]
+    for seed in range(8):
+        codes = torch.randint(0, 0x7F, (shape[0], width), generator=generator, dtype=torch.uint8)
+        if seed == 7:
+            codes[-1, -1] = 0xFF
+        if alphabet in ("e4m3", "int8"):
+            codes = codes.view(torch.float8_e4m3fn if alphabet == "e4m3" else torch.int8)
+        scale = scales(shape, block, seed) * torch.randn(1, generator=generator)
+        found = grid.largest(alphabet, codes, scale, block)
+        expected = grid.decode(alphabet, codes, scale, block).abs().amax().reshape(1)
+        assert same(found.nan_to_num(-7), expected.nan_to_num(-7))
+        assert same(
+            by_torch(grid.largest, alphabet, codes, scale, block).nan_to_num(-7),
+            expected.nan_to_num(-7),
+        )
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 33), (3, 1)])
+@pytest.mark.parametrize("size", [1, 8, 16, 32, 100, -1])
+def test_amax(shape: tuple[int, int], size: int, by_torch: Any, same: Any) -> None:
+    """Of runs of any length, the last one partial."""
+    tile = wild(shape, 1)
+    runs = tile.abs().split(size if size > 0 else shape[1], dim=1)
+    expected = torch.stack([run.amax(1) for run in runs], 1)
+    assert same(grid.amax(tile, size), expected)
+    assert same(by_torch(grid.amax, tile, size), expected)
+    assert grid.amax(tile[:0], size).shape == (0, expected.shape[1])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 128])
+def test_column_peaks(rows: int, by_torch: Any, same: Any) -> None:
+    """Of runs of rows, the last one partial; NaN is the largest of all."""
+    tile = wild((130, 48), 2)
+    tile[1, 3] = torch.nan
+    expected = torch.stack([strip.abs().amax(0) for strip in tile.split(rows)])
+    for found in (grid.column_peaks(tile, rows), by_torch(grid.column_peaks, tile, rows)):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert same(found.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("position", [0, 17, 95])
+def test_amax_refuses(value: float, sign: float, position: int, by_torch: Any) -> None:
+    """NaN and infinity of either sign, wherever they are."""
+    tile = torch.ones(3, 96)
+    tile[1, position] = torch.tensor(value).copysign(torch.tensor(sign))
+    for size in (8, 16, 32, -1):
+        with pytest.raises(FormatError, match="NaN or infinity"):
+            grid.amax(tile, size)
+        with pytest.raises(FormatError, match="NaN or infinity"):
+            by_torch(grid.amax, tile, size)
+
+
+def test_bf16(same: Any) -> None:
+    """Torch's rounding, of any bits; what has no finite BF16 is noticed."""
+    tile = wild((64, 512), 3)
+    tile = tile.where(tile.abs() < 3.38e38, 0.0)
+    rounded, finite = grid.round_to_bf16(tile)
+    assert finite and same(rounded, tile.to(torch.bfloat16))
+    largest = torch.finfo(torch.bfloat16).max
+    beyond = torch.tensor([0x7F7F8000], dtype=torch.int32).view(torch.float32)  # half a step on
+    for value, kept in ((largest, True), (float(beyond), False), (torch.inf, False)):
+        tile[3, 5] = -value
+        assert grid.round_to_bf16(tile)[1] is kept
+    tile[3, 5] = torch.nan
+    assert not grid.round_to_bf16(tile)[1]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=format_name)
+def test_formats_are_the_same_without_numba(codec: Codec, by_torch: Any, same: Any) -> None:
+    """All parts, of a weight that came from BF16 and one that came from FP8; and back."""
+    shape = (256, 512)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator) * 0.02
+    scale = torch.rand(2, 4, generator=generator) * 1e-4
+    raised = grid.decode("e4m3", (weight * 1e4).to(torch.float8_e4m3fn), scale, (128, 128))
+    for tile in (weight.to(torch.bfloat16).to(torch.float32), raised):
+        parts = codec.encode(tile, shape)
+        expected = by_torch(codec.encode, tile, shape)
+        assert all(same(parts[name], expected[name]) for name in codec.specs(*shape))
+        decoded = codec.decode(parts, shape)
+        assert same(decoded, by_torch(codec.decode, parts, shape))
+        assert same(
+            codec.amax(parts, shape),
+            by_torch(codec.amax, parts, shape),
+        )
