@@ -79,7 +79,7 @@ def _largest_of(context: Any, row: Any, start: Any) -> Any:
         vector = builder.load(builder.bitcast(place, _16_INTS.as_pointer()), align=4)
         sizes = builder.and_(vector, ir.Constant(_16_INTS, [int(_MAGNITUDE)] * 16))
         kind = ir.FunctionType(_I32, [_16_INTS])
-        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.umax", [_16_INTS], kind)
+        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.umax.v16i32", (), kind)
         return builder.call(reduce, [sizes])
 
     return types.uint32(row, types.intp), generate
