@@ -28,8 +28,8 @@ MAX_WORKERS = 16
 #: The fewest windows of the source that still let reading and computing overlap, and the most that
 #: are of use: enough to hold any expert for a second look.
 MIN_WINDOWS, MAX_WINDOWS = 4, 32
-#: Bytes of temporaries, at most, for every element of the tile that a worker computes on, and of
-#: the pieces that wait to be written for every element of them.
+#: Bytes of temporaries, at most, for every element of the tile that a worker computes on (lean
+#: formats take half of that), and of the pieces that wait to be written for every element of them.
 TILE_BYTES, PIECE_BYTES = 40, 4
 
 
@@ -66,8 +66,8 @@ def needed_bytes(plan: Plan, workers: int, windows: int) -> int:
 
 
 class _Sizes(NamedTuple):
-    """Elements of the largest tile and piece that are computed, and bytes of what is written after
-    the rest of its weight."""
+    """Bytes that the largest tile takes while it is computed, elements of the largest piece, bytes
+    of what is written after the rest of its weight."""
 
     tile: int
     piece: int
@@ -79,7 +79,9 @@ def _sizes(plan: Plan) -> _Sizes:
     for weight in plan.weights:
         if weight.codec is None:
             continue
-        tile = max(tile, steps.largest(weight, steps.TILE_ELEMENTS))
+        elements = steps.tile_elements(weight.source, weight.codec)
+        each = TILE_BYTES * steps.TILE_ELEMENTS // elements
+        tile = max(tile, each * steps.largest(weight, elements))
         piece = max(piece, steps.largest(weight, steps.CHUNK_ELEMENTS))
         parts = weight.specs.items()
         held = max(held, sum(s.nbytes for p, s in parts if p != weight.streamed))
@@ -92,7 +94,7 @@ def _needed(plan: Plan, sizes: _Sizes, workers: int, windows: int) -> int:
     reading = max(files, 1) * (count + UNHASHED + 1) * nbytes
     together = max(len(group.files) for group in plan.groups)
     writing = writer.WINDOW_BYTES + together * math.prod(writer.windows_of(together))
-    computing = workers * sizes.tile * TILE_BYTES + 2 * (workers + 1) * sizes.piece * PIECE_BYTES
+    computing = workers * sizes.tile + 2 * (workers + 1) * sizes.piece * PIECE_BYTES
     return _now() + reading + writing + computing + 2 * sizes.held
 
 

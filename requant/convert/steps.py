@@ -20,9 +20,9 @@ from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec
 
-#: Elements that are decoded and encoded at a time, about 10 bytes each at the peak of encoding,
-#: and how many are one step of work.
-TILE_ELEMENTS = 1 << 21
+#: Elements that are decoded and encoded at a time, twice as many of lean formats; and how many are
+#: one step of work.
+TILE_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS = 1 << 22
 #: Bytes a worker copies at a time.
 COPY_BYTES = 1 << 22
@@ -90,7 +90,8 @@ class Summaries:
                 tile = rows(stored, a, b, self._device)
                 return _of_rows(stored, a, b, lambda: codec.measure(tile))
 
-            return [of_tile(*rows) for rows in _ranges(stored, codec, TILE_ELEMENTS, start, stop)]
+            elements = tile_elements(stored, codec)
+            return [of_tile(*rows) for rows in _ranges(stored, codec, elements, start, stop)]
 
         for stored in companions:
             for start, stop in _ranges(stored, codec, CHUNK_ELEMENTS):
@@ -178,7 +179,7 @@ def _convert(
     stored = weight.source
     tiles = []
     assert weight.codec is not None
-    for a, b in _ranges(stored, weight.codec, TILE_ELEMENTS, start, stop):
+    for a, b in _ranges(stored, weight.codec, tile_elements(stored, weight.codec), start, stop):
         parts = _of_rows(stored, a, b, partial(convert, a, b))
         tiles.append({part: parts[part].cpu() for part in weight.specs})
     return Tiles(weight, tiles, last, (stop - start) * stored.nbytes // stored.shape[0])
@@ -218,6 +219,12 @@ def _of_rows(stored: StoredWeight, start: int, stop: int, compute: Callable[[], 
         if str(error).startswith(stored.name):
             raise
         raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
+
+
+def tile_elements(stored: StoredWeight, codec: Codec) -> int:
+    """About how many elements are computed at a time: as many as take some 40 MB, at most."""
+    assert stored.codec is not None
+    return TILE_ELEMENTS * (2 if codec.lean and stored.codec.lean else 1)
 
 
 def largest(weight: PlannedWeight, elements: int) -> int:

@@ -179,6 +179,8 @@ class Codec(ABC):
     two_pass: bool = False
     #: Whether `measure` looks for the largest magnitude only: the `amax` of a tile will do for it.
     measures_amax: bool = False
+    #: Whether encoding and decoding take little memory beside the tile and what is stored of it.
+    lean: bool = False
     #: Whether weights that engines fuse (names.fused_set) must share one summary.
     shares_summary: bool = False
 

@@ -73,6 +73,7 @@ class Fp8Tensor(Codec):
     checked_against = "compressed-tensors, transformers"
     tolerance = Tolerance(max_kl=0.03, min_sqnr_db=25.0)
     alphabet = "e4m3"
+    lean = True
     packs = frozenset[Alphabet](("e4m3",))
     two_pass = True
     measures_amax = True

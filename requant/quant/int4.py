@@ -107,6 +107,11 @@ class Int4(Codec):
         """Asymmetric tiles start on a whole word of zero points."""
         return 1 if self.symmetric else 8
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.method == "rtn" and self.symmetric and not self.act_order
+
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
         size = self._group(cols)

@@ -44,6 +44,7 @@ class Int8Block(Codec):
     quant_method = QUANT_METHOD
     tolerance = Tolerance(max_kl=0.02, min_sqnr_db=25.0)
     alphabet = "int8"
+    lean = True
     packs = frozenset({"int8"})
 
     def __post_init__(self) -> None:

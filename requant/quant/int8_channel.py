@@ -83,6 +83,11 @@ class Int8Channel(Codec):
     def _scale(self) -> str:
         return CONTAINERS[self.container] if self.scale == "auto" else self.scale
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.method == "rtn"
+
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and one scale a row."""
         return {

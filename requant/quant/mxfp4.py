@@ -111,6 +111,11 @@ class Mxfp4(Codec):
         """Whether only fused experts are stored so."""
         return self.container == "gpt-oss"
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.method == "rtn"
+
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and exponents. Raises when 32 does not divide the columns."""
         require_groups(self.name, cols, GROUP)

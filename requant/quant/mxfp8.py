@@ -58,6 +58,7 @@ class Mxfp8(Codec):
     checked_against = "compressed-tensors, transformers"
     tolerance = Tolerance(max_kl=0.03, min_sqnr_db=25.0)
     alphabet = "e4m3"
+    lean = True
     packs = frozenset[Alphabet](("e4m3", "e2m1"))
 
     def __post_init__(self) -> None:

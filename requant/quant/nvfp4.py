@@ -96,6 +96,11 @@ class Nvfp4(Codec):
         """The container's name."""
         return self.container
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.method == "rtn"
+
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes, local scales, global scale. Raises when 16 does not divide the columns."""
         require_groups(self.name, cols, GROUP)

@@ -45,6 +45,7 @@ class Plain(Codec):
     checked_against = "torch"
     quant_method = None
     packs = frozenset(_EXACT)
+    lean = True
 
     @property
     def summary(self) -> str:  # type: ignore[override]
