@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-#: Tensors of at least and at most so many bytes are worth to be kept for the next one.
-_LEAST, _MOST = 1 << 16, 1 << 24
+#: The sizes of memory that is kept for the next tensor, powers of two in bytes.
+_LEAST, _MOST = 12, 24
 
 
 class Buffers:
@@ -35,7 +35,7 @@ class Buffers:
         return torch.frombuffer(lent, dtype=torch.uint8)
 
 
-_BUFFERS = {1 << power: Buffers(1 << power) for power in range(16, 25)}
+_BUFFERS = {power: Buffers(1 << power) for power in range(_LEAST, _MOST + 1)}
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,10 +44,18 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.T
     Threads that free what others allocated leave malloc with ever more memory in pieces.
     """
     nbytes = math.prod(shape) * dtype.itemsize
-    if not _LEAST <= nbytes <= _MOST:
+    buffers = _BUFFERS.get(max((nbytes - 1).bit_length(), _LEAST))
+    if buffers is None or not nbytes:
         return torch.empty(shape, dtype=dtype)
-    buffer = _BUFFERS[1 << (nbytes - 1).bit_length()].take()
+    buffer = buffers.take()
     return buffer[:nbytes].view(dtype).view(shape)
+
+
+def release() -> None:
+    """Hand free memory back that malloc keeps in pieces, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes() -> int:

@@ -18,12 +18,15 @@ from requant.convert.forms import PlannedWeight
 from requant.convert.source import Checkpoint, iter_tiles
 from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
+from requant.memory import release
 from requant.quant import Codec
 
 #: Elements that are decoded and encoded at a time, twice as many of lean formats; and how many are
 #: one step of work.
 TILE_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS = 1 << 22
+#: Steps of formats that are not lean, many temporaries each, after which free memory is given back.
+RELEASE_STEPS = 4
 #: Bytes a worker copies at a time.
 COPY_BYTES = 1 << 22
 
@@ -105,6 +108,7 @@ class Steps:
         self.pool = pool
         self._source, self._device = source, device
         self._summaries = Summaries(source, device, pool)
+        self._heavy = 0
 
     def of(self, weights: Sequence[PlannedWeight]) -> Iterator[Callable[[], Tiles]]:
         """One step a few tiles. The next weight is measured while workers encode this one."""
@@ -123,6 +127,10 @@ class Steps:
             for start, stop in _ranges(weight.source, weight.codec, CHUNK_ELEMENTS):
                 last = stop == rows
                 yield partial(_convert, convert, weight, start, stop, last)
+                self._heavy += not weight.codec.lean
+                if self._heavy == RELEASE_STEPS:
+                    self._heavy = 0
+                    release()
 
     def _copies(self, weight: PlannedWeight) -> Iterator[Callable[[], Tiles]]:
         """The stored bytes in pieces; of a view that lies scattered, in whole rows."""
