@@ -6,21 +6,13 @@ The tile is the first that `convert` makes of a [2048, 7168] weight (an expert's
 DeepSeek-V3). --values names the format whose decoded values are encoded: FP8's encoder works harder
 on values that came from FP8 than on values that came from BF16.
 
-The model beside each rate is what memory allows: the bytes that the fewest passes of torch over a
-tile must read and write, at the bandwidth that torch's `copy_` of a float32 tile reaches on this
-core in the same run. Torch runs one operation a pass and nothing between passes stays in registers,
-so each step below moves its operands through the cache once (bytes an element, read + written;
-scales are too few to count; w is the width stored, 2 or 4):
-
-| | decode | encode |
-|---|---|---|
-| plain | widen w + 4 | round 4 + w; look for infinity w |
-| 8 bits | widen 1 + 4; scale 4 + 4 | amax 4; divide 4 + 4; round and narrow 4 + 1 |
-| 4 bits | unpack 0.5 + 1; the same | the same; pack 1 + 0.5 |
-
-FP8 blocks of values that came from FP8 are compared with what their codes decode to, another 1 + 4,
-4 + 4 and 4 + 4. The model asks that torch's casts and roundings are as fast as a copy: the ratio
-tells how far they are from that.
+The model beside each rate is what memory allows: the bytes that one pass must move, at the
+bandwidth that torch's `copy_` of a float32 tile reaches on this core in the same run (read +
+written, warm). Decoding reads what is stored and writes 4 bytes an element. Encoding reads 4 bytes
+twice, as the scale must be known before the first code, and writes what is stored; plain floats
+need no scale. FP8 blocks of values that came from FP8 are compared with what their codes decode to:
+1 + 4 to decode them, 4 + 4 to compare. The model asks that arithmetic costs nothing: the ratio
+tells what it costs.
 """
 
 from __future__ import annotations
@@ -44,7 +36,7 @@ from requant.quant.plain import Plain
 SHAPE = (2048, 7168)
 
 #: Bytes an element that a second look at FP8 blocks moves.
-SECOND_LOOK = 5 + 8 + 8
+SECOND_LOOK = 5 + 8
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,11 @@ def _values(codec: Codec) -> torch.Tensor:
 
 def _moved_bytes(codec: Codec, source: Codec) -> tuple[float, float]:
     """Bytes an element that decoding and encoding values of `source` move at least."""
-    bits = round(bits_per_weight(codec))
+    stored = bits_per_weight(codec) / 8
     if isinstance(codec, Plain):
-        return (0 if bits == 32 else bits / 8 + 4), 4 + bits / 8 + bits / 8
-    packing = 1.5 if bits < 8 else 0
+        return (0 if stored == 4 else stored + 4), 4 + stored
     second = SECOND_LOOK if codec.name == source.name == "fp8-block" else 0
-    return packing + 5 + 8, 4 + 8 + 5 + packing + second
+    return stored + 4, 4 + 4 + stored + second
 
 
 def _bandwidth(elements: int, repeat: int) -> float:
