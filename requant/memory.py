@@ -1,61 +1,10 @@
-"""Memory of this process: how much it takes, and large pieces of it that are used again."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
-import ctypes
-import math
-import mmap
 import re
 import resource
-import weakref
 from pathlib import Path
-
-import torch
-
-#: The sizes of memory that is kept for the next tensor, powers of two in bytes.
-_LEAST, _MOST = 12, 24
-
-
-class Buffers:
-    """Page-aligned memory of one size that is used again: touching fresh pages takes longer than
-    reading a disk."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._free: list[mmap.mmap] = []
-
-    def take(self) -> torch.Tensor:
-        """A buffer as uint8; it comes back when nothing views the tensor any more."""
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = mmap.mmap(-1, self._nbytes)
-        lent = (ctypes.c_ubyte * self._nbytes).from_buffer(memory)
-        weakref.finalize(lent, self._free.append, memory)
-        return torch.frombuffer(lent, dtype=torch.uint8)
-
-
-_BUFFERS = {power: Buffers(1 << power) for power in range(_LEAST, _MOST + 1)}
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Like torch.empty on the CPU, in memory that comes back for the next such tensor.
-
-    Threads that free what others allocated leave malloc with ever more memory in pieces.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    buffers = _BUFFERS.get(max((nbytes - 1).bit_length(), _LEAST))
-    if buffers is None or not nbytes:
-        return torch.empty(shape, dtype=dtype)
-    buffer = buffers.take()
-    return buffer[:nbytes].view(dtype).view(shape)
-
-
-def release() -> None:
-    """Hand free memory back that malloc keeps in pieces, where it can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def peak_bytes() -> int:

@@ -22,6 +22,7 @@ from requant.convert.run import Runtime
 from requant.errors import RequantError
 from requant.memory import peak_bytes
 from requant.output import size
+from requant.quant import grid
 
 #: More workers than this wait for the disk.
 MAX_WORKERS = 16
@@ -51,7 +52,7 @@ def runtime(
             return Runtime(device, count, windows, team)
     raise RequantError(
         f"--ram: {size(ram)} are too few, {size(least)} are needed with --workers {count} "
-        f"({size(_now())} of them by Python and torch); give more"
+        f"({size(_now())} of them by Python, torch and Numba); give more"
     )
 
 
@@ -106,5 +107,7 @@ def _cores() -> int:
 
 
 def _now() -> int:
-    """Memory of this process so far: its peak, as the system does not give back all of it."""
+    """Memory of this process so far, with compiled loops at work: its peak, as the system does not
+    give back all of it."""
+    grid.amax(torch.zeros(1, 1))
     return peak_bytes()

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from requant.buffers import Buffers
 from requant.convert.fused import StoredPart, StoredPiece
 from requant.convert.header import DATA_ALIGNMENT, read_exactly
 from requant.convert.readahead import ReadAhead
 from requant.errors import CheckpointError, FormatError
-from requant.memory import Buffers
 from requant.quant.codec import TORCH_DTYPES
 from requant.quant.cutting import Patch
 

@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import torch
 
+from requant.buffers import release
 from requant.convert.forms import PlannedWeight
 from requant.convert.source import Checkpoint, iter_tiles
 from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
-from requant.memory import release
 from requant.quant import Codec
 
 #: Elements that are decoded and encoded at a time, twice as many of lean formats; and how many are

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snaps
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils.logging import set_verbosity_error
 
+from requant.buffers import Buffers
 from requant.convert.folder import MAX_JSON_BYTES, REPOSITORY, FileFacts, Folder
 from requant.convert.header import header_length
 from requant.convert.journal import Digest
@@ -28,7 +29,6 @@ from requant.errors import CheckpointError, RequantError
 from requant.hub.fetch import fetch
 from requant.hub.retries import QUICK_ATTEMPTS, attempt
 from requant.hub.spool import LEAST_BYTES, Spool, remove, remove_others, require_agreement
-from requant.memory import Buffers
 from requant.output import size
 
 set_verbosity_error()  # type: ignore[no-untyped-call]  # what the client has to say is said by our errors

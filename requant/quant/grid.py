@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from requant.memory import empty
+from requant.buffers import empty
 from requant.quant.blocks import block_strips, reduce_columns
 from requant.quant.codec import Alphabet, require_finite, tile_amax
 from requant.quant.compiled import array, loops_for

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import requant
+from requant.buffers import empty
 from requant.errors import FormatError
-from requant.memory import empty
 from requant.quant import grid
 from requant.quant.codec import (
     Alphabet,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from requant.memory import empty
+from requant.buffers import empty
 from requant.quant.compiled import array, loops_for
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from requant.buffers import empty
 from requant.errors import FormatError
-from requant.memory import empty
 from requant.quant import grid
 from requant.quant.codec import (
     TORCH_DTYPES,

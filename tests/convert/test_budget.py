@@ -80,7 +80,7 @@ def test_too_little_ram_is_refused_with_both_numbers(small: Path, out: Path) -> 
     assert result.exit_code == 2 and result.stdout == "" and not out.exists()
     assert re.fullmatch(
         r"error: --ram: 12\.50 MB are too few, \d+\.\d\d [MG]B are needed with --workers 3 "
-        r"\(\d+\.\d\d [MG]B of them by Python and torch\); give more\n",
+        r"\(\d+\.\d\d [MG]B of them by Python, torch and Numba\); give more\n",
         result.stderr,
     )
 

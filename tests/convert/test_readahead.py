@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 import requant.convert.readahead as readahead
 import requant.convert.reader as reader
+from requant.buffers import Buffers
 from requant.convert.journal import Digest
 from requant.convert.readahead import UNHASHED, ReadAhead
 from requant.convert.reader import Files
 from requant.errors import CheckpointError
-from requant.memory import Buffers
 
 SIZE = 4096
 #: No thread takes longer to end.

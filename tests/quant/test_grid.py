@@ -6,11 +6,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numba
 import pytest
 import torch
 
 from requant.errors import FormatError
-from requant.quant import CODECS, Codec, compiled, format_name, grid
+from requant.quant import CODECS, Codec, compiled, format_name, grid, loops
 from requant.quant.codec import Alphabet
 
 ALPHABETS: tuple[Alphabet, ...] = ("e4m3", "e2m1", "int4", "int8")
@@ -241,3 +242,15 @@ def test_formats_are_the_same_without_numba(codec: Codec, by_torch: Any, same: A
             codec.amax(parts, shape),
             by_torch(codec.amax, parts, shape),
         )
+
+
+def test_loops_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba refuses to keep machine code when it finds no folder for it: then it does not."""
+
+    def njit(cache: bool = False, **options: Any) -> Callable[..., Any]:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(loops, "njit", njit)
+    assert loops._compiled(lambda number: number + 1)(2) == 3

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from requant.memory import Buffers, empty, peak_bytes, release
+from requant.buffers import Buffers, empty, release
+from requant.memory import peak_bytes
 
 
 def test_a_buffer_comes_back_when_nothing_views_it() -> None:
