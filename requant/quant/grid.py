@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from requant.buffers import empty
+from requant.errors import FormatError
 from requant.quant.blocks import block_strips, reduce_columns
 from requant.quant.codec import Alphabet, require_finite, tile_amax
 from requant.quant.compiled import array, loops_for
@@ -44,11 +45,13 @@ def decode(
     if cols is None:
         cols = codes.shape[1] * (2 if alphabet in _PACKED else 1)
     shape = codes.shape[0], cols
+    if cols > codes.shape[1] * (2 if alphabet in _PACKED else 1):
+        raise FormatError(f"{cols} columns of {alphabet} do not fit into {codes.shape[1]} bytes")
     loops = loops_for(codes)
     if loops is not None:
         tile = empty(shape)
         loop = getattr(loops, f"decode_{alphabet}")
-        loop(array(codes, torch.uint8), array(scale), *_sides(block, shape), array(tile))
+        loop(array(codes, torch.uint8), array(scale), *_checked(scale, block, shape), array(tile))
         return tile
     match alphabet:
         case "e4m3":
@@ -59,7 +62,7 @@ def decode(
             tile = centred_nibbles(codes)[:, :cols].contiguous()
         case "int8":
             tile = codes.to(torch.float32)
-    for strip, row_scale in block_strips(tile, scale, *_sides(block, shape)):
+    for strip, row_scale in block_strips(tile, scale, *_checked(scale, block, shape)):
         strip.mul_(row_scale)
     return tile
 
@@ -79,10 +82,10 @@ def encode(
         width = {"e2m1": cols // 2, "int4": -(-cols // 8) * 4}.get(alphabet, cols)
         codes = empty((rows, width), torch.uint8)
         loop = getattr(loops, f"encode_{alphabet}")
-        loop(array(tile), array(scale), *_sides(block, (rows, cols)), array(codes))
+        loop(array(tile), array(scale), *_checked(scale, block, (rows, cols)), array(codes))
         return codes.view({"e4m3": _E4M3, "int8": torch.int8}.get(alphabet, torch.uint8))
     quotient = tile.clone()
-    for strip, row_scale in block_strips(quotient, scale, *_sides(block, (rows, cols))):
+    for strip, row_scale in block_strips(quotient, scale, *_checked(scale, block, (rows, cols))):
         strip.div_(row_scale)
     match alphabet:
         case "e4m3":
@@ -104,10 +107,10 @@ def upcast_e2m1(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
     loops = loops_for(codes)
     if loops is not None:
         wide = empty(shape, torch.uint8)
-        loops.upcast_e2m1(array(codes), array(scale), *_sides(block, shape), array(wide))
+        loops.upcast_e2m1(array(codes), array(scale), *_checked(scale, block, shape), array(wide))
         return wide.view(_E4M3)
     values = e2m1_codes_to_float32(codes)
-    for strip, row_scale in block_strips(values, scale, *_sides(block, shape)):
+    for strip, row_scale in block_strips(values, scale, *_checked(scale, block, shape)):
         strip.mul_(row_scale)
     return values.to(_E4M3)
 
@@ -146,8 +149,8 @@ def largest(
     loop = getattr(loops, f"largest_{alphabet}", None)
     if loop is None:
         return tile_amax(decode(alphabet, codes, scale, block))
-    sides = _sides(block, (codes.shape[0], codes.shape[1] * (2 if alphabet in _PACKED else 1)))
-    bits = loop(array(codes, torch.uint8), array(scale), *sides)
+    shape = codes.shape[0], codes.shape[1] * (2 if alphabet in _PACKED else 1)
+    bits = loop(array(codes, torch.uint8), array(scale), *_checked(scale, block, shape))
     return torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
 
 
@@ -161,6 +164,21 @@ def round_to_bf16(tile: torch.Tensor) -> tuple[torch.Tensor, bool]:
     rounded = empty(tuple(tile.shape), torch.bfloat16)
     largest = loops.encode_bf16(array(tile).reshape(-1), array(rounded, torch.uint16).reshape(-1))
     return rounded, largest < _BEYOND_BF16
+
+
+def _checked(
+    scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]
+) -> tuple[int, int]:
+    """The rows and columns of a block of scales, which compiled loops trust. Raises FormatError
+    unless there is one scale for each block of a tile of `shape`."""
+    rows, cols = _sides(block, shape)
+    expected = (-(-shape[0] // rows), -(-shape[1] // cols))
+    if scale.shape != expected or scale.dtype != torch.float32:
+        raise FormatError(
+            f"scales are {scale.dtype} {list(scale.shape)}, expected float32 {list(expected)} for "
+            f"blocks of {rows}x{cols} of a {list(shape)} tile"
+        )
+    return rows, cols
 
 
 def _sides(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:

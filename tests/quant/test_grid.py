@@ -254,3 +254,18 @@ def test_loops_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(loops, "njit", njit)
     assert loops._compiled(lambda number: number + 1)(2) == 3
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (3, 2)])
+def test_scales_that_do_not_fit_are_refused(shape: tuple[int, int]) -> None:
+    """Compiled loops would read beyond them."""
+    tile, codes = torch.ones(200, 256), torch.zeros(200, 256, dtype=torch.uint8)
+    with pytest.raises(FormatError, match=r"expected float32 \[2, 2\] for blocks of 128x128"):
+        grid.encode("int8", tile, torch.ones(shape), (128, 128))
+    for work in (grid.decode, grid.largest):
+        with pytest.raises(FormatError, match=r"of a \[200, 256\] tile"):
+            work("e4m3", codes.view(torch.float8_e4m3fn), torch.ones(shape), (128, 128))
+    with pytest.raises(FormatError, match="expected float32"):
+        grid.encode("int8", tile, torch.ones(2, 2, dtype=torch.float64), (128, 128))
+    with pytest.raises(FormatError, match="513 columns of e2m1 do not fit into 256 bytes"):
+        grid.decode("e2m1", codes, torch.ones(200, 1), (1, -1), 513)
