@@ -98,11 +98,10 @@ _largest16: Any = intrinsic(_largest_of)
 @_compiled
 def _spread(scales: Floats, size: int, row: Floats) -> None:
     """Each scale to its `size` columns."""
-    if size == 16 or size == 32:
-        for group in range(row.shape[0] // size):
-            for start in range(group * size, (group + 1) * size, 16):
-                _splat16(row, start, scales[group])
     whole = row.shape[0] // size if size == 16 or size == 32 else 0
+    for group in range(whole):
+        for start in range(group * size, (group + 1) * size, 16):
+            _splat16(row, start, scales[group])
     for group in range(whole, scales.shape[0]):
         row[group * size : min((group + 1) * size, row.shape[0])] = scales[group]
 
