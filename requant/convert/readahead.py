@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from requant.buffers import empty
 from requant.convert.header import DATA_ALIGNMENT
 from requant.convert.journal import Digest
 
@@ -82,7 +83,8 @@ class ReadAhead:
         if len(held) == 1:
             return held[0][start : start + end - begin]
         middle = [held[0][start:], *held[1:-1], held[-1][: end - last * self._size]]
-        return torch.cat(middle)
+        joined = empty((end - begin,), torch.uint8)
+        return torch.cat(middle, out=joined)
 
     def finish(self) -> Digest:
         """Read the rest; the digest of the whole file."""

@@ -90,7 +90,12 @@ class Plain(Codec):
         weight = parts["weight"]
         if weight.dtype == torch.float32:
             return super().amax(parts, shape)
-        bits = (weight.view(torch.int16) & 0x7FFF).amax().reshape(1)
+        bits = weight.view(torch.int16)
+        if bits.device.type == "cpu":
+            sizes = torch.bitwise_and(bits, 0x7FFF, out=empty(tuple(bits.shape), torch.int16))
+        else:
+            sizes = bits & 0x7FFF
+        bits = sizes.amax().reshape(1)
         return bits.view(weight.dtype).to(torch.float32)
 
     def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
