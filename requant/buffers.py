@@ -21,15 +21,16 @@ class Buffers:
         self._nbytes = nbytes
         self._free: list[mmap.mmap] = []
 
-    def take(self) -> torch.Tensor:
-        """A buffer as uint8; it comes back when nothing views the tensor any more."""
+    def take(self, count: int = -1, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        """The first `count` elements of a buffer, or all; it comes back when nothing views the
+        tensor any more."""
         try:
             memory = self._free.pop()
         except IndexError:
             memory = mmap.mmap(-1, self._nbytes)
         lent = (ctypes.c_ubyte * self._nbytes).from_buffer(memory)
         weakref.finalize(lent, self._free.append, memory)
-        return torch.frombuffer(lent, dtype=torch.uint8)
+        return torch.frombuffer(lent, dtype=dtype, count=count)
 
 
 _BUFFERS = {power: Buffers(1 << power) for power in range(_LEAST, _MOST + 1)}
@@ -40,12 +41,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.T
 
     Threads that free what others allocated leave malloc with ever more memory in pieces.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    buffers = _BUFFERS.get(max((nbytes - 1).bit_length(), _LEAST))
-    if buffers is None or not nbytes:
+    count = math.prod(shape)
+    buffers = _BUFFERS.get(max((count * dtype.itemsize - 1).bit_length(), _LEAST))
+    if buffers is None or not count:
         return torch.empty(shape, dtype=dtype)
-    buffer = buffers.take()
-    return buffer[:nbytes].view(dtype).view(shape)
+    return buffers.take(count, dtype).view(shape)
 
 
 def release() -> None:

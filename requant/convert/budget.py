@@ -29,9 +29,9 @@ MAX_WORKERS = 16
 #: The fewest windows of the source that still let reading and computing overlap, and the most that
 #: are of use: enough to hold any expert for a second look.
 MIN_WINDOWS, MAX_WINDOWS = 4, 32
-#: Bytes of temporaries, at most, for every element of the tile that a worker computes on (lean
-#: formats take half of that), and of the pieces that wait to be written for every element of them.
-TILE_BYTES, PIECE_BYTES = 40, 4
+#: Bytes of temporaries, at most, for every element of the tile that a worker computes on, if it is
+#: decoded and if not, and of the pieces that wait to be written for every element of them.
+TILE_BYTES, LEAN_BYTES, PIECE_BYTES = 40, 4, 4
 
 
 def runtime(
@@ -81,7 +81,7 @@ def _sizes(plan: Plan) -> _Sizes:
         if weight.codec is None:
             continue
         elements = steps.tile_elements(weight.source, weight.codec)
-        each = TILE_BYTES * steps.TILE_ELEMENTS // elements
+        each = LEAN_BYTES if steps.is_lean(weight.source, weight.codec) else TILE_BYTES
         tile = max(tile, each * steps.largest(weight, elements))
         piece = max(piece, steps.largest(weight, steps.CHUNK_ELEMENTS))
         parts = weight.specs.items()

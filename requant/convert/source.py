@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,9 @@ from requant.convert.readahead import windows_of
 from requant.convert.weights import Kind, StoredWeight
 from requant.errors import CheckpointError, FormatError
 from requant.quant import TensorSpec
+from requant.quant.grid import Tile
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,13 @@ class Checkpoint:
             return self.read_rows(part, start, stop).to(device).to(torch.float32)
         return self._of_tile(weight, weight.codec.decode, start, stop, device)
 
+    def tile_rows(
+        self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> Tile:
+        """Rows start:stop of a matrix on `device`, decoded or not, as encoders take them."""
+        assert weight.codec is not None
+        return self._of_tile(weight, weight.codec.tile, start, stop, device)
+
     def amax_rows(
         self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
@@ -207,11 +217,11 @@ class Checkpoint:
     def _of_tile(
         self,
         weight: StoredWeight,
-        work: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor],
+        work: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], T],
         start: int,
         stop: int,
         device: torch.device | str,
-    ) -> torch.Tensor:
+    ) -> T:
         """What a codec's method makes of the parts of some rows; a refusal names the weight."""
         parts = {p: t.to(device) for p, t in self.read_tile(weight, start, stop).items()}
         try:

@@ -20,11 +20,13 @@ from requant.convert.source import Checkpoint, iter_tiles
 from requant.convert.weights import StoredWeight
 from requant.errors import FormatError
 from requant.quant import Codec
+from requant.quant.compiled import available
 
-#: Elements that are decoded and encoded at a time, twice as many of lean formats; and how many are
-#: one step of work.
-TILE_ELEMENTS = 1 << 20
+#: Elements that are one step of work, and how many of them are decoded at a time where a tile is
+#: decoded as a whole; otherwise a tile is as many as are stored in a few megabytes, at most.
 CHUNK_ELEMENTS = 1 << 22
+TILE_ELEMENTS = 1 << 20
+TILE_BYTES = 1 << 22
 #: Steps of formats that are not lean, many temporaries each, after which free memory is given back.
 RELEASE_STEPS = 4
 #: Bytes a worker copies at a time.
@@ -201,10 +203,10 @@ def _encode(
     start: int,
     stop: int,
 ) -> Mapping[str, torch.Tensor]:
-    """Decode a tile and encode it in the format to be written."""
+    """Encode a tile in the format to be written."""
     assert weight.codec is not None
     rows, cols = weight.source.shape
-    tile = source.decode_rows(weight.source, start, stop, device)
+    tile = source.tile_rows(weight.source, start, stop, device)
     return weight.codec.encode(tile, (rows, cols), summary)
 
 
@@ -230,9 +232,16 @@ def _of_rows(stored: StoredWeight, start: int, stop: int, compute: Callable[[], 
 
 
 def tile_elements(stored: StoredWeight, codec: Codec) -> int:
-    """About how many elements are computed at a time: as many as take some 40 MB, at most."""
+    """About how many elements are computed at a time."""
+    if not is_lean(stored, codec):
+        return TILE_ELEMENTS
+    return min(CHUNK_ELEMENTS, TILE_BYTES * math.prod(stored.shape) // max(stored.nbytes, 1))
+
+
+def is_lean(stored: StoredWeight, codec: Codec) -> bool:
+    """Whether a weight is encoded without ever being decoded as a whole tile."""
     assert stored.codec is not None
-    return TILE_ELEMENTS * (2 if codec.lean and stored.codec.lean else 1)
+    return codec.lean and stored.codec.lean and available()
 
 
 def largest(weight: PlannedWeight, elements: int) -> int:

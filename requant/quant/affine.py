@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant.codec import LEAVE, PLAIN_SCALES, Codes, exact_cast, refine_grid, require_finite
+from requant.quant.codec import LEAVE, PLAIN_SCALES, Codes, exact_cast, refine_grid
+from requant.quant.grid import require_finite
 from requant.quant.search import CLIPS, search
 
 #: The largest code; the code that stands for 0 in symmetric data.

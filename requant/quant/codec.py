@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.compressed_tensors import one_scheme_config
+from requant.quant.grid import Alphabet, Tile
 
 #: safetensors dtype name -> torch dtype, for every dtype that torch can hold. F4 is two codes a
 #: byte: a tensor [rows, cols] of the header is [rows, cols / 2] bytes here.
@@ -59,10 +61,6 @@ PLAIN_SCALES = {dtype: option for option, dtype in FLOAT_SCALES.items()}
 
 #: The way out of a shape that a format does not hold.
 LEAVE = "leave this weight in bf16 with a [modules] entry in a recipe"
-
-#: What codes are, before any scale: signed integers of 4 and 8 bits, and two small floats.
-#: Formats that share an alphabet can hand codes to each other.
-Alphabet = Literal["int4", "int8", "e4m3", "e2m1"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,8 @@ class Codec(ABC):
     two_pass: bool = False
     #: Whether `measure` looks for the largest magnitude only: the `amax` of a tile will do for it.
     measures_amax: bool = False
-    #: Whether encoding and decoding take little memory beside the tile and what is stored of it.
+    #: Whether `encode` leaves tiles as `tile` gives them, and takes little memory beside them and
+    #: what is stored.
     lean: bool = False
     #: Whether weights that engines fuse (names.fused_set) must share one summary.
     shares_summary: bool = False
@@ -210,22 +209,27 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Encode a float32 tile (contiguous rows) of a weight of the given whole `shape`.
+        """Encode a tile (contiguous rows) of a weight of the given whole `shape`.
 
         A two_pass format may be given None when the tile is the whole weight. Raises FormatError
         for a value that is not finite or does not fit.
         """
 
     @abstractmethod
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
+        """The parts of one tile of `shape` as `encode` takes them: codes and scales where the
+        product of the two is all there is to a value, else floats."""
+
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Decode the parts of one tile of `shape` into float32."""
+        """Decode the parts of one tile of `shape` into float32, overwriting nothing."""
+        return grid.decode(self.tile(parts, shape))
 
     def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """The largest magnitude that `decode` gives for the parts of one tile of `shape`, float32
         [1]; not finite where a value is not."""
-        return tile_amax(self.decode(parts, shape))
+        return grid.largest(self.tile(parts, shape))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes and scales of one tile of `shape`; `codes` None when their part is absent.
@@ -301,18 +305,6 @@ def bits_per_weight(codec: Codec) -> float:
     """Stored bits per element, scales included, of a [7168, 7168] weight."""
     side = 7168
     return 8 * sum(s.nbytes for s in codec.specs(side, side).values()) / side**2
-
-
-def tile_amax(tile: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of a tile, [1]; NaN where there is one."""
-    low, high = torch.aminmax(tile)
-    return torch.maximum(-low, high).reshape(1)
-
-
-def require_finite(extreme: torch.Tensor) -> None:
-    """Raise FormatError unless `extreme` (amax values; NaN propagates through them) is finite."""
-    if not bool(torch.isfinite(extreme).all()):
-        raise FormatError("holds NaN or infinity, which no format can keep")
 
 
 def require_choice(option: str, value: object, choices: Sequence[object]) -> None:

@@ -23,7 +23,8 @@ from requant.quant.codec import (
     exact_cast,
     require_choice,
 )
-from requant.quant.e8m0 import e8m0_to_float32, exponent_bytes, require_exponents
+from requant.quant.e8m0 import e8m0_to_float32, exponent_bytes
+from requant.quant.grid import Tile
 
 E4M3_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
@@ -58,12 +59,12 @@ def is_e4m3(spec: TensorSpec | None) -> bool:
 
 
 def quantize(
-    tile: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], arithmetic: str
+    tile: Tile, scale: torch.Tensor, block: tuple[int, int], arithmetic: str
 ) -> torch.Tensor:
-    """The E4M3 codes nearest to a float32 tile divided by its grid of scales; with arithmetic=bf16
+    """The E4M3 codes nearest to a tile divided by its grid of scales; with arithmetic=bf16
     tile and quotient are rounded to BF16 before."""
     if arithmetic == "bf16":
-        quotient = tile.to(torch.bfloat16) / scale.to(torch.bfloat16)
+        quotient = grid.decode(tile).to(torch.bfloat16) / scale.to(torch.bfloat16)
         return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return grid.encode("e4m3", tile, scale.to(torch.float32), block)
 
@@ -88,16 +89,10 @@ def exponents(amax: torch.Tensor, rule: str = "ceil") -> torch.Tensor:
     return exponent_bytes(amax, E4M3_MAX, rule)
 
 
-def powers_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """uint8 or E8M0 bytes b -> 2^(b - 127) in float32. Raises FormatError for 255, NaN."""
-    require_exponents(exponent)
-    return e8m0_to_float32(exponent)
-
-
 def scale_to_float32(scale: torch.Tensor) -> torch.Tensor:
     """A stored scale of any dtype in float32."""
     if scale.dtype in (E8M0, torch.uint8):
-        return powers_of_two(scale)
+        return e8m0_to_float32(scale)
     return scale.to(torch.float32)
 
 

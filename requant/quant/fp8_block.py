@@ -26,7 +26,6 @@ from requant.quant.blocks import (
 )
 from requant.quant.codec import (
     PLAIN_SCALES,
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
@@ -50,10 +49,11 @@ from requant.quant.e4m3 import (
     fine_grained_config,
     is_e4m3,
     plain_scale,
-    powers_of_two,
     scale_to_float32,
     upcast_e2m1,
 )
+from requant.quant.e8m0 import e8m0_to_float32
+from requant.quant.grid import Alphabet, Coded, Tile
 
 #: DeepSeek's floor of a block's amax: an all-zero block gets the scale 1e-4 / 448.
 AMAX_FLOOR = 1e-4
@@ -122,7 +122,7 @@ class Fp8Block(Codec):
         }
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Quantize to nearest even with amax / 448 per block, or a power of two above it.
 
@@ -140,15 +140,10 @@ class Fp8Block(Codec):
             stored = self._original_scale(tile, codes, stored)
         return {"weight": codes, self._scale_part: stored}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """codes * scale in float32."""
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
+        """codes * scale."""
         scale = scale_to_float32(parts[self._scale_part])
-        return grid.decode("e4m3", parts["weight"], scale, self._block)
-
-    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Each block's largest code times its scale."""
-        scale = scale_to_float32(parts[self._scale_part])
-        return grid.largest("e4m3", parts["weight"], scale, self._block)
+        return self._coded(parts["weight"], scale)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are."""
@@ -247,34 +242,27 @@ class Fp8Block(Codec):
         if self.scale == "e8m0":  # transformers: no floor, an all-zero block has 2^0
             return exponents(amax).masked_fill_(amax == 0, 127).view(E8M0)
         amax = amax.clamp_min(AMAX_FLOOR)
-        return amax / E4M3_MAX if self.scale == "fp32" else powers_of_two(exponents(amax))
+        return amax / E4M3_MAX if self.scale == "fp32" else e8m0_to_float32(exponents(amax))
 
-    def _original_scale(
-        self, tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
+    def _original_scale(self, tile: Tile, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The scale the tile was decoded with, where it was; else `scale`, amax / 448.
 
         448 * s is rounded in float32, so amax / 448 can miss s by one ulp, and the codes are the
         same: none lies near a tie. Products of codes and a larger scale are nowhere smaller, so a
         block tells on which side s is; the products with s are the block, bit for bit.
         """
-        low, high = self._differences(tile, codes, scale)
+        low, high = grid.differences(tile, self._coded(codes, scale))
         ulps = ((high > 0) & (low == 0)).int() - ((low < 0) & (high == 0)).int()
         if not bool(ulps.any()):
             return scale
-        low, high = self._differences(tile, codes, _next(scale, ulps))
+        low, high = grid.differences(tile, self._coded(codes, _next(scale, ulps)))
         # Only a power of two times a scale is exact and tells the scale: without one, s is unknown.
         powers, _ = block_range(_powers_of_two(codes), *self._block)
         found = (low == 0) & (high == 0) & (powers < 0)
         return torch.where(found, _next(scale, ulps), scale)
 
-    def _differences(
-        self, tile: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By how many ulps the tile's magnitudes exceed those of codes * scale: the least and the
-        most in each block, or 0. Signs are the same, so magnitudes differ as the bits do."""
-        bits = grid.decode("e4m3", codes, scale, self._block).view(torch.int32)
-        return block_range(torch.sub(tile.view(torch.int32), bits, out=bits), *self._block)
+    def _coded(self, codes: torch.Tensor, scale: torch.Tensor) -> Coded:
+        return Coded("e4m3", codes, scale, self._block, codes.shape[1])
 
 
 def _next(scale: torch.Tensor, ulps: torch.Tensor) -> torch.Tensor:

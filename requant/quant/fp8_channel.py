@@ -15,7 +15,6 @@ import torch
 from requant.quant import grid
 from requant.quant.codec import (
     PLAIN_SCALES,
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
@@ -40,6 +39,7 @@ from requant.quant.e4m3 import (
     quantize,
     upcast_e2m1,
 )
+from requant.quant.grid import Alphabet, Coded, Tile
 
 _ROW = (1, -1)
 
@@ -58,12 +58,16 @@ class Fp8Channel(Codec):
     quant_method = QUANT_METHOD
     tolerance = Tolerance(max_kl=0.03, min_sqnr_db=25.0)
     alphabet = "e4m3"
-    lean = True
     packs = frozenset[Alphabet](("e4m3", "e2m1"))
 
     def __post_init__(self) -> None:
         require_choice("scale", self.scale, FLOATS)
         check_arithmetic(self.arithmetic, self.scale)
+
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.arithmetic == "fp32"
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and one scale a row."""
@@ -73,17 +77,18 @@ class Fp8Channel(Codec):
         }
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """amax / 448 per row, rounded to the scale's dtype; codes to nearest even."""
         if self.arithmetic == "bf16":
-            tile = tile.to(torch.bfloat16).to(torch.float32)
+            tile = grid.decode(tile).to(torch.bfloat16)
         scale = plain_scale(grid.amax(tile), self.scale)
         return {"weight": quantize(tile, scale, _ROW, self.arithmetic), "weight_scale": scale}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """codes * scale in float32: exact for BF16 and FP16 scales."""
-        return grid.decode("e4m3", parts["weight"], parts["weight_scale"].to(torch.float32), _ROW)
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
+        """codes * scale: exact in float32 for BF16 and FP16 scales."""
+        scale = parts["weight_scale"].to(torch.float32)
+        return Coded("e4m3", parts["weight"], scale, _ROW, shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are."""

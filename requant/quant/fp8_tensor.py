@@ -18,15 +18,12 @@ from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import (
     PLAIN_SCALES,
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
     Tolerance,
     check_specs,
     require_choice,
-    require_finite,
-    tile_amax,
 )
 from requant.quant.compressed_tensors import (
     QUANT_METHOD,
@@ -44,6 +41,7 @@ from requant.quant.e4m3 import (
     plain_scale,
     quantize,
 )
+from requant.quant.grid import Alphabet, Coded, Tile, require_finite
 
 #: Container -> the part that holds the scale, and its shape, as they are written.
 _CONTAINERS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -73,7 +71,6 @@ class Fp8Tensor(Codec):
     checked_against = "compressed-tensors, transformers"
     tolerance = Tolerance(max_kl=0.03, min_sqnr_db=25.0)
     alphabet = "e4m3"
-    lean = True
     packs = frozenset[Alphabet](("e4m3",))
     two_pass = True
     measures_amax = True
@@ -104,6 +101,11 @@ class Fp8Tensor(Codec):
         shape = _CONTAINERS[self.container][1]
         return shape if self.stored_dims < 0 else (1,) * self.stored_dims
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.arithmetic == "fp32"
+
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and the one scale."""
         return {
@@ -115,18 +117,18 @@ class Fp8Tensor(Codec):
 
     def measure(self, tile: torch.Tensor) -> torch.Tensor:
         """amax of the tile, [1]."""
-        return tile_amax(tile)
+        return tile.abs().amax().reshape(1)
 
     def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
         """amax of the weight, [1]."""
         return torch.cat(list(measured)).amax(0, keepdim=True)
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """amax / 448 of the weight, rounded to the scale's dtype; codes to nearest even."""
         self._require_written()
-        amax = self.measure(tile) if summary is None else summary
+        amax = grid.largest(tile) if summary is None else summary
         if self.arithmetic == "bf16":
             amax = amax.to(torch.bfloat16)
         require_finite(amax)
@@ -134,10 +136,10 @@ class Fp8Tensor(Codec):
         codes = quantize(tile, scale.reshape(1, 1), _WHOLE, self.arithmetic)
         return {"weight": codes, self._scale_part: scale.reshape(self._scale_shape)}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """codes * scale in float32."""
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
+        """codes * scale."""
         scale = parts[self._scale_part].to(torch.float32).reshape(1, 1)
-        return grid.decode("e4m3", parts["weight"], scale, _WHOLE)
+        return Coded("e4m3", parts["weight"], scale, _WHOLE, shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are: one block for all."""

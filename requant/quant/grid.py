@@ -1,7 +1,9 @@
 """Codes and a grid of scales: value = code * scale, the arithmetic that most formats share.
 
-On the CPU compiled loops do it (loops.py), several times faster than torch can; on other devices,
-and where Numba is not installed, torch does. Both give the same bits.
+A tile is float32 or BF16 [rows, cols], or `Coded`: still codes and scales, which are decoded a row
+at a time on their way to what is asked for. On the CPU compiled loops do all that (loops.py),
+several times faster than torch can; on other devices, and where Numba is not installed, torch does.
+Both give the same bits.
 
 Codes are as they are stored: E4M3 and INT8 a byte each, INT4 (plus 8) and E2M1 two a byte, low
 nibble first. Scales are float32 [ceil(rows / block[0]), ceil(cols / block[1])], where a side of -1
@@ -10,12 +12,16 @@ means all of it.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
 import torch
 
 from requant.buffers import empty
 from requant.errors import FormatError
-from requant.quant.blocks import block_strips, reduce_columns
-from requant.quant.codec import Alphabet, require_finite, tile_amax
+from requant.quant.blocks import block_range, block_strips, reduce_columns
 from requant.quant.compiled import array, loops_for
 from requant.quant.e2m1 import e2m1_bytes, e2m1_codes_to_float32
 from requant.quant.packing import (
@@ -23,69 +29,103 @@ from requant.quant.packing import (
     e2m1_and_scale,
     e4m3_and_scale,
     pack_nibbles,
+    row_major,
 )
+
+#: What codes are, before any scale: signed integers of 4 and 8 bits, and two small floats.
+#: Formats that share an alphabet can hand codes to each other.
+Alphabet = Literal["int4", "int8", "e4m3", "e2m1"]
 
 _E4M3 = torch.float8_e4m3fn
 #: Alphabets of which a byte holds two codes.
 _PACKED = ("int4", "e2m1")
 #: The bits of the smallest float32 that BF16 rounds to infinity.
 _BEYOND_BF16 = 0x7F7F8000
+_NOT_FINITE = "holds NaN or infinity, which no format can keep"
 
 
-def decode(
-    alphabet: Alphabet,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    block: tuple[int, int],
-    cols: int | None = None,
-) -> torch.Tensor:
-    """Codes [rows, cols], or packed [rows, bytes], times their scales: float32 [rows, cols], each
-    product rounded once. `cols` need be told of packed codes only where the last byte or word is
-    not full."""
-    if cols is None:
-        cols = codes.shape[1] * (2 if alphabet in _PACKED else 1)
-    shape = codes.shape[0], cols
-    if cols > codes.shape[1] * (2 if alphabet in _PACKED else 1):
-        raise FormatError(f"{cols} columns of {alphabet} do not fit into {codes.shape[1]} bytes")
-    loops = loops_for(codes)
-    if loops is not None:
-        tile = empty(shape)
-        loop = getattr(loops, f"decode_{alphabet}")
-        loop(array(codes, torch.uint8), array(scale), *_checked(scale, block, shape), array(tile))
+@dataclass(frozen=True)
+class Coded:
+    """A tile of `cols` columns that is not decoded: codes [rows, cols], or packed [rows, bytes],
+    and their scales. Raises FormatError when they do not fit each other."""
+
+    alphabet: Alphabet
+    codes: torch.Tensor
+    scale: torch.Tensor
+    block: tuple[int, int]
+    cols: int
+
+    def __post_init__(self) -> None:
+        most = self.codes.shape[1] * (2 if self.alphabet in _PACKED else 1)
+        if self.cols > most:
+            raise FormatError(
+                f"{self.cols} columns of {self.alphabet} do not fit into {self.codes.shape[1]} "
+                "bytes"
+            )
+        _checked(self.scale, self.block, self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.codes.shape[0], self.cols
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+
+Tile = torch.Tensor | Coded
+
+
+def decode(tile: Tile) -> torch.Tensor:
+    """The tile as float32 [rows, cols], each product of code and scale rounded once; itself if that
+    is what it is."""
+    if isinstance(tile, torch.Tensor) and tile.dtype == torch.float32:
         return tile
-    match alphabet:
+    loops = loops_for(tile)
+    if loops is not None:
+        decoded = empty(_shape(tile))
+        loops.decode(*_matrix(loops, tile), array(decoded))
+        return decoded
+    if isinstance(tile, torch.Tensor):
+        return tile.to(torch.float32)
+    codes, scale = tile.codes, tile.scale
+    match tile.alphabet:
         case "e4m3":
-            tile, scale = e4m3_and_scale(codes, scale)
+            decoded, scale = e4m3_and_scale(codes, scale)
         case "e2m1":
-            tile, scale = e2m1_and_scale(codes, scale)
+            decoded, scale = e2m1_and_scale(codes, scale)
         case "int4":
-            tile = centred_nibbles(codes)[:, :cols].contiguous()
+            decoded = centred_nibbles(codes)[:, : tile.cols].contiguous()
         case "int8":
-            tile = codes.to(torch.float32)
-    for strip, row_scale in block_strips(tile, scale, *_checked(scale, block, shape)):
+            decoded = codes.to(torch.float32)
+    for strip, row_scale in block_strips(decoded, scale, *_sides(tile.block, tile.shape)):
         strip.mul_(row_scale)
-    return tile
+    return decoded
 
 
 def encode(
-    alphabet: Alphabet, tile: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+    alphabet: Alphabet, tile: Tile, scale: torch.Tensor, block: tuple[int, int]
 ) -> torch.Tensor:
-    """The codes nearest to finite float32 [rows, cols] divided by their scales, ties to the even
-    one; what lies beyond the alphabet gets its last code.
+    """The codes nearest to a finite tile divided by these scales, ties to the even one; what lies
+    beyond the alphabet gets its last code.
 
     float8_e4m3fn or int8 [rows, cols]; packed, uint8 [rows, cols / 2] for "e2m1" and [rows,
     4 * ceil(cols / 8)] for "int4", zero bits behind the last column.
     """
-    rows, cols = tile.shape
+    rows, cols = _shape(tile)
+    sides = _checked(scale, block, (rows, cols))
     loops = loops_for(tile)
     if loops is not None:
         width = {"e2m1": cols // 2, "int4": -(-cols // 8) * 4}.get(alphabet, cols)
         codes = empty((rows, width), torch.uint8)
-        loop = getattr(loops, f"encode_{alphabet}")
-        loop(array(tile), array(scale), *_checked(scale, block, (rows, cols)), array(codes))
+        kind = getattr(loops, alphabet.upper())
+        loops.encode(*_matrix(loops, tile), cols, kind, array(scale), *sides, array(codes))
         return codes.view({"e4m3": _E4M3, "int8": torch.int8}.get(alphabet, torch.uint8))
-    quotient = tile.clone()
-    for strip, row_scale in block_strips(quotient, scale, *_checked(scale, block, (rows, cols))):
+    quotient = decode(tile)
+    quotient = quotient.clone() if quotient is tile else quotient
+    for strip, row_scale in block_strips(quotient, scale, *sides):
         strip.div_(row_scale)
     match alphabet:
         case "e4m3":
@@ -93,77 +133,110 @@ def encode(
         case "e2m1":
             return e2m1_bytes(quotient)
         case "int4":
-            return pack_nibbles(quotient.clamp_(-8, 7).round_().add_(8).to(torch.uint8)).view(
-                torch.uint8
-            )
+            stored = quotient.clamp_(-8, 7).round_().add_(8).to(torch.uint8)
+            return pack_nibbles(stored).view(torch.uint8)
         case "int8":
             return quotient.clamp_(-128, 127).round_().to(torch.int8)
+
+
+def round_to_bf16(tile: Tile) -> tuple[torch.Tensor, bool]:
+    """The tile rounded to BF16, a tie to the even one; whether all of it is finite, which is only
+    sure where this says so."""
+    loops = loops_for(tile)
+    if loops is None:
+        rounded = decode(tile).to(torch.bfloat16)
+        return rounded, bool(torch.isfinite(rounded.sum()))
+    rounded = empty(_shape(tile), torch.bfloat16)
+    largest = loops.encode_bf16(*_matrix(loops, tile), array(rounded, torch.uint16))
+    return rounded, largest < _BEYOND_BF16
 
 
 def upcast_e2m1(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """E2M1 codes, one a byte uint8 [rows, cols], times scales with which they are E4M3 values:
     float8_e4m3fn of the same shape."""
     shape = codes.shape[0], codes.shape[1]
+    sides = _checked(scale, block, shape)
     loops = loops_for(codes)
     if loops is not None:
         wide = empty(shape, torch.uint8)
-        loops.upcast_e2m1(array(codes), array(scale), *_checked(scale, block, shape), array(wide))
+        loops.upcast_e2m1(array(codes), array(scale), *sides, array(wide))
         return wide.view(_E4M3)
     values = e2m1_codes_to_float32(codes)
-    for strip, row_scale in block_strips(values, scale, *_checked(scale, block, shape)):
+    for strip, row_scale in block_strips(values, scale, *sides):
         strip.mul_(row_scale)
     return values.to(_E4M3)
 
 
-def column_peaks(tile: torch.Tensor, block_rows: int) -> torch.Tensor:
+def amax(tile: Tile, block_cols: int = -1) -> torch.Tensor:
+    """The largest magnitude of each run of columns: float32 [rows, ceil(cols / block_cols)]. Raises
+    FormatError for NaN or infinity."""
+    found, most = _amax(tile, block_cols)
+    if not math.isfinite(most):
+        raise FormatError(_NOT_FINITE)
+    return found
+
+
+def largest(tile: Tile) -> torch.Tensor:
+    """The largest magnitude of a tile, NaN the largest of all: float32 [1]."""
+    return torch.tensor([_amax(tile, -1)[1]], device=tile.device)
+
+
+def column_peaks(tile: Tile, block_rows: int) -> torch.Tensor:
     """The largest magnitude in each column of each run of rows, NaN the largest of all: float32
-    [rows, cols] -> [ceil(rows / block_rows), cols]."""
+    [ceil(rows / block_rows), cols]."""
     loops = loops_for(tile)
     if loops is None:
-        return torch.stack([strip.abs().amax(0) for strip in tile.split(block_rows)])
-    peaks = empty((-(-tile.shape[0] // block_rows), tile.shape[1]))
-    loops.peaks(array(tile), block_rows, array(peaks))
+        return torch.stack([strip.abs().amax(0) for strip in decode(tile).split(block_rows)])
+    rows, cols = _shape(tile)
+    peaks = empty((-(-rows // block_rows), cols))
+    loops.peaks(*_matrix(loops, tile), block_rows, array(peaks))
     return peaks
 
 
-def amax(tile: torch.Tensor, block_cols: int = -1) -> torch.Tensor:
-    """The largest magnitude of each run of columns: float32 [rows, cols] -> [rows, ceil(cols /
-    block_cols)]. Raises FormatError for NaN or infinity."""
+def differences(tile: Tile, other: Coded) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how many ulps the magnitudes of a tile exceed those of E4M3 codes and scales: the least
+    and the most in each of these scales' blocks, or 0: two int32 grids. Signs are the same."""
+    loops = loops_for(tile)
+    if loops is None:
+        ulps = decode(tile).view(torch.int32) - decode(other).view(torch.int32)
+        return block_range(ulps, *_sides(other.block, other.shape))
+    low, high = (empty(tuple(other.scale.shape), torch.int32) for _ in range(2))
+    loops.differences(*_matrix(loops, tile), *_matrix(loops, other)[1:], array(low), array(high))
+    return low, high
+
+
+def require_finite(extreme: torch.Tensor) -> None:
+    """Raise FormatError unless `extreme` (amax values; NaN propagates through them) is finite."""
+    if not bool(torch.isfinite(extreme).all()):
+        raise FormatError(_NOT_FINITE)
+
+
+def _amax(tile: Tile, block_cols: int) -> tuple[torch.Tensor, float]:
+    """The largest magnitude of each run of columns, and of all."""
+    rows, cols = shape = _shape(tile)
+    block_cols = _sides((1, block_cols), shape)[1]
+    loops = loops_for(tile)
+    if loops is None:
+        found = reduce_columns(decode(tile).abs(), block_cols)
+        return found, float(found.amax()) if found.numel() else 0.0
+    found = empty((rows, -(-cols // block_cols)))
+    bits = loops.amax(*_matrix(loops, tile), cols, block_cols, array(found))
+    return found, float(np.uint32(bits).view(np.float32))
+
+
+def _matrix(loops: Any, tile: Tile) -> tuple[Any, ...]:
+    """A tile as compiled loops take it."""
+    if isinstance(tile, Coded):
+        kind = getattr(loops, tile.alphabet.upper())
+        sides = _sides(tile.block, tile.shape)
+        return kind, array(tile.codes, torch.uint8), array(tile.scale), *sides
+    kind = loops.BF16 if tile.dtype == torch.bfloat16 else loops.FP32
+    return kind, array(row_major(tile), torch.uint8), _NO_SCALE, *_sides((-1, -1), _shape(tile))
+
+
+def _shape(tile: Tile) -> tuple[int, int]:
     rows, cols = tile.shape
-    block_cols = _sides((1, block_cols), (rows, cols))[1]
-    loops = loops_for(tile)
-    if loops is None:
-        largest = reduce_columns(tile.abs(), block_cols)
-    else:
-        largest = empty((rows, -(-cols // block_cols)))
-        loops.amax(array(tile), block_cols, array(largest))
-    require_finite(largest.amax() if largest.numel() else largest)
-    return largest
-
-
-def largest(
-    alphabet: Alphabet, codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
-) -> torch.Tensor:
-    """The largest magnitude that `decode` gives, NaN the largest of all: float32 [1]."""
-    loops = loops_for(codes)
-    loop = getattr(loops, f"largest_{alphabet}", None)
-    if loop is None:
-        return tile_amax(decode(alphabet, codes, scale, block))
-    shape = codes.shape[0], codes.shape[1] * (2 if alphabet in _PACKED else 1)
-    bits = loop(array(codes, torch.uint8), array(scale), *_checked(scale, block, shape))
-    return torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
-
-
-def round_to_bf16(tile: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Float32 rounded to BF16, a tie to the even one; whether all of it is finite, which is only
-    sure where this says so."""
-    loops = loops_for(tile)
-    if loops is None:
-        rounded = tile.to(torch.bfloat16)
-        return rounded, bool(torch.isfinite(rounded.sum()))
-    rounded = empty(tuple(tile.shape), torch.bfloat16)
-    largest = loops.encode_bf16(array(tile).reshape(-1), array(rounded, torch.uint16).reshape(-1))
-    return rounded, largest < _BEYOND_BF16
+    return rows, cols
 
 
 def _checked(
@@ -185,3 +258,6 @@ def _sides(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     """The rows and columns of a block, all that there are for -1."""
     rows, cols = (b if b > 0 else max(side, 1) for b, side in zip(block, shape, strict=True))
     return rows, cols
+
+
+_NO_SCALE = torch.zeros(1, 1).numpy()

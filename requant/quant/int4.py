@@ -33,6 +33,7 @@ from requant.quant.codec import (
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
 from requant.quant.cutting import relocate_groups
+from requant.quant.grid import Coded, Tile
 from requant.quant.integer import (
     check_options,
     quantize_asymmetric,
@@ -110,7 +111,8 @@ class Int4(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        return self.method == "rtn" and self.symmetric and not self.act_order
+        plain = self.method == "rtn" and self.arithmetic == "fp32"
+        return plain and self.symmetric and not self.act_order
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
@@ -143,7 +145,7 @@ class Int4(Codec):
         return rows, self.stored_shape[1]
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """amax / 7.5 per group, codes -8..7; asymmetric: (max - min) / 15 and a zero point."""
         if self.act_order:
@@ -152,18 +154,18 @@ class Int4(Codec):
         if self.symmetric:
             packed, scale = quantize_symmetric(tile, self.group_size, 4, *how)
             return self._parts(packed.view(torch.int32), scale, None, shape)
-        groups = tile.reshape(len(tile), -1, self._group(shape[1]))
+        groups = grid.decode(tile).unflatten(1, (-1, self._group(shape[1])))
         codes, scale, zero = quantize_asymmetric(groups, 4, *how)
         return self._parts(pack_nibbles(_stored(codes.flatten(1))), scale, _stored(zero), shape)
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """(code - zero point) * scale: exact in float32 for BF16 and F16 scales."""
         rows, cols = shape
         codes, scale = parts["weight_packed"], parts["weight_scale"].to(torch.float32)
         zero = self._zero(parts, rows)
         if zero is None and not self.act_order:
             packed = row_major(codes).view(torch.uint8)
-            return grid.decode("int4", packed, scale, (1, self.group_size), cols)
+            return Coded("int4", packed, scale, (1, self.group_size), cols)
         values = centred_nibbles(codes)[:, :cols].contiguous()
         if self.act_order:
             index = self._group_index(parts, cols)

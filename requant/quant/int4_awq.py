@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.affine import (
     CENTRE,
     MAX_CODE,
@@ -42,6 +43,7 @@ from requant.quant.codec import (
     require_groups,
     scale_dtype,
 )
+from requant.quant.grid import Tile
 from requant.quant.packing import row_major
 from requant.quant.search import METHODS
 
@@ -99,14 +101,16 @@ class Int4Awq(Codec):
         return parts["scales"].shape[1], parts["qweight"].shape[0]
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """(max - min) / 15 per group, codes 0..15 around the zero point."""
         dtype = scale_dtype(self.scale)
-        codes, scale, zero = quantize(tile, self._size(shape[1]), _grid, self.method, dtype)
+        codes, scale, zero = quantize(
+            grid.decode(tile), self._size(shape[1]), _grid, self.method, dtype
+        )
         return {"qweight": pack_rows(codes), **_scale_parts(scale, zero)}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """(code - zero) * scale, exact in float32."""
         codes = unpack_rows(parts["qweight"]).to(torch.float32)
         return dequantize_(codes, parts["scales"].T, unpack_rows(parts["qzeros"]))

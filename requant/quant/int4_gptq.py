@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.affine import (
     CENTRE,
     MAX_CODE,
@@ -44,6 +45,7 @@ from requant.quant.codec import (
     scale_dtype,
 )
 from requant.quant.cutting import relocate_groups
+from requant.quant.grid import Tile
 from requant.quant.packing import centred_nibbles, pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS
 
@@ -107,15 +109,17 @@ class Int4Gptq(Codec):
         return parts["scales"].shape[1], parts["g_idx"].shape[0]
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """2 amax / 15 or (max - min) / 15 per group, codes 0..15 around the zero point."""
         self._refuse_act_order()
         dtype = scale_dtype(self.scale)
-        codes, scale, zero = quantize(tile, self._size(shape[1]), self._grid, self.method, dtype)
+        codes, scale, zero = quantize(
+            grid.decode(tile), self._size(shape[1]), self._grid, self.method, dtype
+        )
         return {"qweight": _pack_cols(codes), **self._scale_parts(scale, zero, shape[1])}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """(code - zero) * scale of the column's group, exact in float32."""
         rows, cols = shape
         scale, zero = parts["scales"].T, self._zero_points(parts["qzeros"], rows)

@@ -24,6 +24,7 @@ from requant.quant.codec import (
     exact_cast,
     refine_grid,
 )
+from requant.quant.grid import Coded, Tile
 from requant.quant.integer import cast_scale
 
 QUANT_METHOD = "blockwise_int8"
@@ -63,7 +64,7 @@ class Int8Block(Codec):
         }
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """amax / 127 per block, codes -127..127."""
         amax = grid.amax(grid.column_peaks(tile, self.block_rows), self.block_cols)
@@ -72,10 +73,10 @@ class Int8Block(Codec):
         codes = grid.encode("int8", tile, scale, block).clamp_min_(-127)
         return {"weight": codes, "weight_scale_inv": scale}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """codes * scale in float32."""
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
+        """codes * scale."""
         block = (self.block_rows, self.block_cols)
-        return grid.decode("int8", parts["weight"], parts["weight_scale_inv"], block)
+        return Coded("int8", parts["weight"], parts["weight_scale_inv"], block, shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes as they are."""

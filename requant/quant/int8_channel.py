@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from requant.quant import grid
 from requant.quant.codec import (
     FLOAT_SCALES,
     PLAIN_SCALES,
@@ -34,6 +33,7 @@ from requant.quant.compressed_tensors import (
     scheme,
     stored_weights,
 )
+from requant.quant.grid import Coded, Tile
 from requant.quant.integer import (
     check_options,
     quantize_symmetric,
@@ -86,7 +86,7 @@ class Int8Channel(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        return self.method == "rtn"
+        return self.method == "rtn" and self.arithmetic == "fp32"
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and one scale a row."""
@@ -96,7 +96,7 @@ class Int8Channel(Codec):
         }
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """amax / 127.5 per row (SGLang: 127), codes -128..127."""
         half_range = 127.0 if self.container == "sglang" else 127.5
@@ -105,10 +105,10 @@ class Int8Channel(Codec):
         )
         return {"weight": codes, "weight_scale": scale}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """codes * scale, exact in float32 for BF16 and F16 scales."""
         scale = parts["weight_scale"].to(torch.float32)
-        return grid.decode("int8", parts["weight"], scale, (1, -1))
+        return Coded("int8", parts["weight"], scale, (1, -1), shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes as they are; a row is a block."""

@@ -18,13 +18,11 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant import grid
-from requant.quant.codec import FLOAT_SCALES, Alphabet, require_choice, require_finite, scale_dtype
+from requant.quant.codec import FLOAT_SCALES, require_choice, scale_dtype
+from requant.quant.grid import Alphabet, Tile, require_finite
 from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
-#: Beyond 2^23 float32 has no fractions: adding this rounds to nearest even, and leaves the integer
-#: in the low bits in two's complement.
-_ROUND = 1.5 * 2**23
 
 #: The ends of an asymmetric group are clipped alone as well as together.
 _CLIP_PAIRS = (
@@ -47,7 +45,7 @@ def check_options(scale: str, method: str, arithmetic: str) -> None:
 
 
 def quantize_symmetric(
-    tile: torch.Tensor,
+    tile: Tile,
     group_size: int,
     bits: int,
     arithmetic: str = "fp32",
@@ -55,13 +53,13 @@ def quantize_symmetric(
     method: str = "rtn",
     half_range: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize float32 [rows, cols] in groups of columns, -1 for whole rows: codes of 4 or 8 bits
+    """Quantize a tile [rows, cols] in groups of columns, -1 for whole rows: codes of 4 or 8 bits
     as `grid.encode` gives them, and scales [rows, groups].
 
     `half_range` is what amax is divided by, (qmax - qmin) / 2 unless given.
     """
     if arithmetic == "bf16":
-        tile = tile.to(torch.bfloat16).to(torch.float32)
+        tile = grid.decode(tile).to(torch.bfloat16)
     amax = grid.amax(tile, group_size)
     half_range = half_range or (2**bits - 1) / 2
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -71,17 +69,17 @@ def quantize_symmetric(
         return (groups / step).clamp_(least, most).round_().mul_(step)
 
     if arithmetic == "bf16":
-        scale = cast_scale((amax.to(torch.bfloat16) / half_range), dtype)
-    else:
-        scale = cast_scale(amax / half_range, dtype)
-    groups = tile.reshape(len(tile), amax.shape[1], -1)
+        amax = amax.to(torch.bfloat16)
+    scale = cast_scale(amax / half_range, dtype)
     if method == "mse":
+        groups = grid.decode(tile).unflatten(1, (amax.shape[1], -1))
         candidates = ((cast_scale(amax * clip / half_range, dtype),) for clip in CLIPS)
         (scale,) = search(groups, candidates, restore)
     alphabet: Alphabet = "int4" if bits == 4 else "int8"
     step = scale.to(torch.float32)
     if arithmetic == "bf16":  # the quotient, rounded before it becomes an integer
-        tile = (groups / step[..., None]).to(torch.bfloat16).to(torch.float32).view(tile.shape)
+        groups = grid.decode(tile).unflatten(1, (amax.shape[1], -1))
+        tile = (groups / step[..., None]).to(torch.bfloat16).flatten(1)
         step = torch.ones_like(step)
     return grid.encode(alphabet, tile, step, (1, group_size)), scale
 
@@ -122,7 +120,8 @@ def quantize_asymmetric(
     scale, zero = parameters(low, high)
     if method == "mse":
         scale, zero = search(groups, candidates(), restore)
-    return round_to_int8(quotient(groups, scale, zero)), scale, zero.to(torch.int8)
+    codes = quotient(groups, scale, zero).to(torch.float32).round_().to(torch.int8)
+    return codes, scale, zero.to(torch.int8)
 
 
 def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -136,8 +135,3 @@ def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             f"{torch.finfo(dtype).max:.6g}; use scale=bf16 for this weight"
         )
     return torch.where(cast == 0, torch.finfo(dtype).eps, cast)
-
-
-def round_to_int8(values: torch.Tensor) -> torch.Tensor:
-    """Round to nearest even, from float in -128..127; float32 is overwritten."""
-    return values.to(torch.float32).add_(_ROUND).view(torch.int32).to(torch.int8)

@@ -1,14 +1,19 @@
 """Loops over codes and floats, compiled by Numba for the processor that runs them.
 
 What torch does in five to ten passes over memory, one operation each, is one pass here. Numba
-compiles a loop when it is first called, in about half a second, and keeps the machine code on the
-disk for the next process. Every operation is an IEEE one of float32, none is fused or reordered:
-the results are those of grid.py's torch code, bit for bit.
+compiles a loop when it is first called, in a second or two, and keeps the machine code on the disk
+for the next process. Every operation is an IEEE one of float32, none is fused or reordered: the
+results are those of grid.py's torch code, bit for bit.
 
-Arrays are C-contiguous: codes uint8, floats float32. `scale` is a grid whose entry [i, j] is for
-rows i * block_rows on and columns j * block_cols on; the last blocks may be partial. Loops are over
-whole rows and free of branches, which lets LLVM use vector instructions: scales are spread over a
-row first, and integers are cast at every step as Numba would widen them to 64 bits.
+A matrix is `kind, stored, scale, block_rows, block_cols`: its rows as bytes [rows, bytes a row],
+the kind of number that they are, and a grid of float32 whose entry [i, j] is for rows i *
+block_rows on and columns j * block_cols on; the last blocks may be partial. Floats have no use for
+scales. Rows are decoded one at a time into memory that stays in the processor's first cache, on
+their way to what is asked for.
+
+Arrays are C-contiguous. Loops are over whole rows and free of branches, which lets LLVM use vector
+instructions: scales are spread over a row first, and integers are cast at every step as Numba would
+widen them to 64 bits.
 """
 
 from __future__ import annotations
@@ -26,6 +31,9 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 U8, U16, U32, F32 = np.uint8, np.uint16, np.uint32, np.float32
+
+#: Kinds of numbers: codes that scales multiply, and floats.
+E4M3, INT8, INT4, E2M1, BF16, FP32 = range(6)
 
 #: All bits of a float32 but its sign.
 _MAGNITUDE = U32(0x7FFFFFFF)
@@ -73,35 +81,48 @@ def _splat_of(context: Any, row: Any, start: Any, value: Any) -> Any:
     return types.void(row, types.intp, types.float32), generate
 
 
-def _largest_of(context: Any, row: Any, start: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _place(context, builder, signature.args[0], args[0], args[1])
-        vector = builder.load(builder.bitcast(place, _16_INTS.as_pointer()), align=4)
-        sizes = builder.and_(vector, ir.Constant(_16_INTS, [int(_MAGNITUDE)] * 16))
-        kind = ir.FunctionType(_I32, [_16_INTS])
-        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.umax.v16i32", (), kind)
-        return builder.call(reduce, [sizes])
+def _largest_of(length: int) -> Any:
+    def typing(context: Any, row: Any, start: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            place = _place(context, builder, signature.args[0], args[0], args[1])
+            bits = row.dtype.bitwidth
+            integer = ir.IntType(bits)
+            vector = ir.VectorType(integer, length)
+            found = builder.load(builder.bitcast(place, vector.as_pointer()), align=bits // 8)
+            sizes = builder.and_(found, ir.Constant(vector, [(1 << bits - 1) - 1] * length))
+            kind = ir.FunctionType(integer, [vector])
+            name = f"llvm.vector.reduce.umax.v{length}i{bits}"
+            return builder.call(builder.module.declare_intrinsic(name, (), kind), [sizes])
 
-    return types.uint32(row, types.intp), generate
+        return row.dtype(row, types.intp), generate
+
+    return typing
 
 
 #: The uint32 with the bits of a float32, and back.
 _bits: Any = intrinsic(_bits_of)
 _float: Any = intrinsic(_float_of)
-#: `_splat16(row, start, value)`: 16 floats from `start` on become `value`. `_largest16(row,
-#: start)`: of 16 floats, as uint32, the bits of the largest magnitude. LLVM makes vector
-#: instructions of long loops, but not of loops as short as the groups of a format.
+#: `_splat16(row, start, value)`: 16 floats from `start` on become `value`. `_largest8(row, start)`
+#: and `_largest16`: of so many unsigned integers the largest, their first bit, a sign, aside. LLVM
+#: makes vector instructions of long loops, but not of loops as short as the groups of a format.
 _splat16: Any = intrinsic(_splat_of)
-_largest16: Any = intrinsic(_largest_of)
+_largest8: Any = intrinsic(_largest_of(8))
+_largest16: Any = intrinsic(_largest_of(16))
 
 
 @_compiled
 def _spread(scales: Floats, size: int, row: Floats) -> None:
     """Each scale to its `size` columns."""
-    whole = row.shape[0] // size if size == 16 or size == 32 else 0
-    for group in range(whole):
-        for start in range(group * size, (group + 1) * size, 16):
-            _splat16(row, start, scales[group])
+    fast = size == 16 or size == 32 or size < 8
+    whole = row.shape[0] // size if fast else 0
+    if size < 8:
+        for k in range(size):
+            for group in range(whole):
+                row[group * size + k] = scales[group]
+    else:
+        for group in range(whole):
+            for start in range(group * size, (group + 1) * size, 16):
+                _splat16(row, start, scales[group])
     for group in range(whole, scales.shape[0]):
         row[group * size : min((group + 1) * size, row.shape[0])] = scales[group]
 
@@ -181,108 +202,157 @@ def pack(codes: Bytes, packed: Bytes) -> None:
 
 
 @_compiled
-def decode_e4m3(codes: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Floats) -> None:
-    """[rows, cols] codes times their scales."""
-    factors = np.empty(out.shape[1], F32)
-    for r in range(out.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        source, target = codes[r], out[r]
-        for i in range(target.shape[0]):
-            target[i] = _e4m3_value(source[i]) * factors[i]
+def _decode_row(kind: int, stored: Bytes, factors: Floats, codes: Bytes, out: Floats) -> Any:
+    """A row as floats: in `out`, or where it lies if it is float32. `codes` is overwritten with
+    those that lie two in a byte."""
+    if kind == FP32:
+        return stored.view(F32)
+    if kind == BF16:
+        bits, wide = stored.view(U16), out.view(U32)
+        for i in range(out.shape[0]):
+            wide[i] = U32(U32(bits[i]) << U32(16))
+    elif kind == E4M3:
+        for i in range(out.shape[0]):
+            out[i] = _e4m3_value(stored[i]) * factors[i]
+    elif kind == INT8:
+        for i in range(out.shape[0]):
+            out[i] = F32(np.int32(np.int8(stored[i]))) * factors[i]
+    elif kind == INT4:
+        unpack(stored, codes)
+        for i in range(out.shape[0]):
+            out[i] = F32(np.int32(np.int32(codes[i]) - np.int32(8))) * factors[i]
+    else:
+        unpack(stored, codes)
+        for i in range(out.shape[0]):
+            out[i] = _e2m1_value(codes[i]) * factors[i]
+    return out
 
 
 @_compiled
-def decode_int8(codes: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Floats) -> None:
-    """[rows, cols] codes in two's complement times their scales."""
-    factors = np.empty(out.shape[1], F32)
-    for r in range(out.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        source, target = codes[r], out[r]
-        for i in range(target.shape[0]):
-            target[i] = F32(np.int32(np.int8(source[i]))) * factors[i]
+def _encode_row(kind: int, row: Floats, divisors: Floats, codes: Bytes, out: Bytes) -> None:
+    """The codes nearest to a row divided by `divisors`. `codes` is overwritten with those that lie
+    two in a byte; what `out` has beyond them becomes what it holds there."""
+    if kind == E4M3:
+        for i in range(row.shape[0]):
+            out[i] = _e4m3_code(row[i] / divisors[i])
+    elif kind == INT8:
+        for i in range(row.shape[0]):
+            out[i] = _integer(row[i] / divisors[i], -128, 127, 0)
+    elif kind == INT4:
+        for i in range(row.shape[0]):
+            codes[i] = _integer(row[i] / divisors[i], -8, 7, 8)
+        pack(codes, out)
+    else:
+        for i in range(row.shape[0]):
+            codes[i] = _e2m1_code(row[i] / divisors[i])
+        pack(codes, out)
 
 
 @_compiled
-def decode_int4(codes: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Floats) -> None:
-    """Codes less 8, two a byte [rows, at least cols / 2], times their scales."""
+def decode(
+    kind: int, stored: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Floats
+) -> None:
+    """The matrix as float32 [rows, cols]; not of float32, which it is."""
     factors = np.empty(out.shape[1], F32)
-    each = np.empty(2 * codes.shape[1], U8)
+    codes = np.empty(2 * stored.shape[1], U8)
     for r in range(out.shape[0]):
-        if r % block_rows == 0:
+        if kind < BF16 and r % block_rows == 0:
             _spread(scale[r // block_rows], block_cols, factors)
-        unpack(codes[r], each)
+        _decode_row(kind, stored[r], factors, codes, out[r])
+
+
+@_compiled
+def encode(
+    kind: int,
+    stored: Bytes,
+    scale: Floats,
+    block_rows: int,
+    block_cols: int,
+    cols: int,
+    to: int,
+    divisor: Floats,
+    divisor_rows: int,
+    divisor_cols: int,
+    out: Bytes,
+) -> None:
+    """The codes of the kind `to` nearest to [rows, cols] divided by other scales; 0 in what a row
+    of `out` has beyond them."""
+    values, factors, divisors = np.empty(cols, F32), np.empty(cols, F32), np.empty(cols, F32)
+    codes, wanted = np.empty(2 * stored.shape[1], U8), np.zeros(2 * out.shape[1], U8)
+    for r in range(out.shape[0]):
+        if kind < BF16 and r % block_rows == 0:
+            _spread(scale[r // block_rows], block_cols, factors)
+        if r % divisor_rows == 0:
+            _spread(divisor[r // divisor_rows], divisor_cols, divisors)
+        row = _decode_row(kind, stored[r], factors, codes, values)
+        _encode_row(to, row, divisors, wanted, out[r])
+
+
+@_compiled
+def encode_bf16(
+    kind: int,
+    stored: Bytes,
+    scale: Floats,
+    block_rows: int,
+    block_cols: int,
+    out: npt.NDArray[np.uint16],
+) -> Any:
+    """The bits of [rows, cols] rounded to BF16, a tie to the even one; returns those of the
+    largest magnitude before, of NaN or infinity when it holds any."""
+    cols = out.shape[1]
+    values, factors = np.empty(cols, F32), np.empty(cols, F32)
+    codes = np.empty(2 * stored.shape[1], U8)
+    largest = U32(0)
+    for r in range(out.shape[0]):
+        if kind < BF16 and r % block_rows == 0:
+            _spread(scale[r // block_rows], block_cols, factors)
+        row = _decode_row(kind, stored[r], factors, codes, values)
         target = out[r]
-        for i in range(target.shape[0]):
-            target[i] = F32(np.int32(np.int32(each[i]) - np.int32(8))) * factors[i]
+        for i in range(cols):
+            bits = _bits(row[i])
+            odd = U32(U32(bits >> U32(16)) & U32(1))
+            target[i] = U16(U32(U32(U32(bits + U32(0x7FFF)) + odd) >> U32(16)))
+            largest = max(largest, U32(bits & _MAGNITUDE))
+    return largest
 
 
 @_compiled
-def decode_e2m1(codes: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Floats) -> None:
-    """Codes, two a byte [rows, cols / 2], times their scales."""
-    factors = np.empty(out.shape[1], F32)
-    each = np.empty(2 * codes.shape[1], U8)
-    for r in range(out.shape[0]):
-        if r % block_rows == 0:
+def differences(
+    kind: int,
+    stored: Bytes,
+    scale: Floats,
+    block_rows: int,
+    block_cols: int,
+    codes: Bytes,
+    factor: Floats,
+    factor_rows: int,
+    factor_cols: int,
+    low: npt.NDArray[np.int32],
+    high: npt.NDArray[np.int32],
+) -> None:
+    """By how many ulps the magnitudes of [rows, cols] exceed those of E4M3 codes times factors:
+    the least and the most in each block of the factors, or 0. Their signs are the same."""
+    cols = codes.shape[1]
+    values, factors = np.empty(cols, F32), np.empty(cols, F32)
+    others, other_factors = np.empty(cols, F32), np.empty(cols, F32)
+    nibbles = np.empty(2 * stored.shape[1], U8)
+    low[:] = 0
+    high[:] = 0
+    for r in range(codes.shape[0]):
+        if kind < BF16 and r % block_rows == 0:
             _spread(scale[r // block_rows], block_cols, factors)
-        unpack(codes[r], each)
-        target = out[r]
-        for i in range(target.shape[0]):
-            target[i] = _e2m1_value(each[i]) * factors[i]
-
-
-@_compiled
-def encode_e4m3(tile: Floats, scale: Floats, block_rows: int, block_cols: int, out: Bytes) -> None:
-    """The codes nearest to [rows, cols] divided by their scales."""
-    divisors = np.empty(tile.shape[1], F32)
-    for r in range(tile.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, divisors)
-        source, target = tile[r], out[r]
-        for i in range(source.shape[0]):
-            target[i] = _e4m3_code(source[i] / divisors[i])
-
-
-@_compiled
-def encode_int8(tile: Floats, scale: Floats, block_rows: int, block_cols: int, out: Bytes) -> None:
-    """The integers -128..127 nearest to [rows, cols] divided by their scales."""
-    divisors = np.empty(tile.shape[1], F32)
-    for r in range(tile.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, divisors)
-        source, target = tile[r], out[r]
-        for i in range(source.shape[0]):
-            target[i] = _integer(source[i] / divisors[i], -128, 127, 0)
-
-
-@_compiled
-def encode_int4(tile: Floats, scale: Floats, block_rows: int, block_cols: int, out: Bytes) -> None:
-    """The integers -8..7 nearest to [rows, cols] divided by their scales, plus 8, two a byte; what
-    a row of `out` has beyond them becomes 0."""
-    divisors = np.empty(tile.shape[1], F32)
-    each = np.zeros(2 * out.shape[1], U8)
-    for r in range(tile.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, divisors)
-        source = tile[r]
-        for i in range(source.shape[0]):
-            each[i] = _integer(source[i] / divisors[i], -8, 7, 8)
-        pack(each, out[r])
-
-
-@_compiled
-def encode_e2m1(tile: Floats, scale: Floats, block_rows: int, block_cols: int, out: Bytes) -> None:
-    """The codes nearest to [rows, cols] divided by their scales, two a byte."""
-    divisors = np.empty(tile.shape[1], F32)
-    each = np.empty(tile.shape[1], U8)
-    for r in range(tile.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, divisors)
-        source = tile[r]
-        for i in range(source.shape[0]):
-            each[i] = _e2m1_code(source[i] / divisors[i])
-        pack(each, out[r])
+        if r % factor_rows == 0:
+            _spread(factor[r // factor_rows], factor_cols, other_factors)
+        row = _decode_row(kind, stored[r], factors, nibbles, values).view(np.int32)
+        other = _decode_row(E4M3, codes[r], other_factors, nibbles, others).view(np.int32)
+        for block in range(low.shape[1]):
+            least, most = np.int32(0), np.int32(0)
+            for i in range(block * factor_cols, min((block + 1) * factor_cols, cols)):
+                ulps = np.int32(row[i] - other[i])
+                least, most = min(least, ulps), max(most, ulps)
+            at = r // factor_rows
+            low[at, block] = min(low[at, block], least)
+            high[at, block] = max(high[at, block], most)
 
 
 @_compiled
@@ -298,113 +368,152 @@ def upcast_e2m1(codes: Bytes, scale: Floats, block_rows: int, block_cols: int, o
 
 
 @_compiled
-def peaks(tile: Floats, block_rows: int, out: Floats) -> None:
-    """[rows, cols] -> [ceil(rows / block_rows), cols]: the largest magnitude in each column of each
+def peaks(
+    kind: int,
+    stored: Bytes,
+    scale: Floats,
+    block_rows: int,
+    block_cols: int,
+    rows_each: int,
+    out: Floats,
+) -> None:
+    """[rows, cols] -> [ceil(rows / rows_each), cols]: the largest magnitude in each column of each
     run of rows; NaN counts as larger than all else."""
-    bits, most = tile.view(U32), out.view(U32)
-    for r in range(tile.shape[0]):
-        source, target = bits[r], most[r // block_rows]
-        if r % block_rows == 0:
-            target[:] = U32(0)
-        for i in range(source.shape[0]):
-            target[i] = max(target[i], U32(source[i] & _MAGNITUDE))
+    cols = out.shape[1]
+    values, factors = np.empty(cols, F32), np.empty(cols, F32)
+    codes = np.empty(2 * stored.shape[1], U8)
+    most = out.view(U32)
+    most[:] = 0
+    for r in range(stored.shape[0]):
+        if kind < BF16 and r % block_rows == 0:
+            _spread(scale[r // block_rows], block_cols, factors)
+        row = _decode_row(kind, stored[r], factors, codes, values).view(U32)
+        target = most[r // rows_each]
+        for i in range(cols):
+            target[i] = max(target[i], U32(row[i] & _MAGNITUDE))
 
 
 @_compiled
-def amax(tile: Floats, block_cols: int, out: Floats) -> None:
-    """[rows, cols] -> [rows, ceil(cols / block_cols)]: the largest magnitude of each run of
-    columns; NaN counts as larger than all else."""
-    bits, most = tile.view(U32), out.view(U32)
-    for r in range(tile.shape[0]):
-        whole = tile.shape[1] // block_cols if block_cols == 16 or block_cols == 32 else 0
-        for group in range(whole):
-            largest = _largest16(bits[r], group * block_cols)
-            if block_cols == 32:
-                largest = max(largest, _largest16(bits[r], group * block_cols + 16))
-            most[r, group] = largest
-        for group in range(whole, out.shape[1]):
-            part = bits[r, group * block_cols : min((group + 1) * block_cols, tile.shape[1])]
-            largest = U32(0)
-            for i in range(part.shape[0]):
-                largest = max(largest, U32(part[i] & _MAGNITUDE))
-            most[r, group] = largest
+def amax(
+    kind: int,
+    stored: Bytes,
+    scale: Floats,
+    block_rows: int,
+    block_cols: int,
+    cols: int,
+    size: int,
+    out: Floats,
+) -> Any:
+    """[rows, cols] -> [rows, ceil(cols / size)]: the largest magnitude of each run of columns; NaN
+    counts as larger than all else. Returns the bits of the largest of all.
+
+    Of codes that are in the order of their values, and share a scale, the largest is looked for
+    before it is decoded.
+    """
+    most = out.view(U32)
+    step = min(size, block_cols)
+    runs = (cols + step - 1) // step
+    ordered = kind == E4M3 or kind == E2M1 or kind == BF16
+    if ordered and max(size, block_cols) % step == 0 and (kind != E2M1 or step % 2 == 0):
+        codes = np.empty(stored.shape[1], U8)
+        largest, largest_bits = np.empty(runs, U8), np.empty(runs, U16)
+        factors, products = np.empty(runs, F32), np.empty(runs, F32)
+        for r in range(stored.shape[0]):
+            if kind < BF16 and r % block_rows == 0:
+                _spread(scale[r // block_rows], block_cols // step, factors)
+            if kind == BF16:
+                _amax_row(stored[r].view(U16), step, largest_bits)
+                for run in range(runs):
+                    products[run] = _float(U32(U32(largest_bits[run]) << U32(16)))
+            elif kind == E4M3:
+                _amax_row(stored[r], step, largest)
+                for run in range(runs):
+                    products[run] = _e4m3_value(largest[run]) * factors[run]
+            else:
+                pairs = stored[r]
+                for i in range(pairs.shape[0]):
+                    codes[i] = max(U8(pairs[i] & U8(7)), U8(U8(pairs[i] >> U8(4)) & U8(7)))
+                _amax_row(codes, step // 2, largest)
+                for run in range(runs):
+                    products[run] = _e2m1_value(largest[run]) * factors[run]
+            _amax_row(products.view(U32), size // step, most[r])
+        return _largest(most)
+    values, factors = np.empty(cols, F32), np.empty(cols, F32)
+    codes = np.empty(2 * stored.shape[1], U8)
+    for r in range(stored.shape[0]):
+        if kind < BF16 and r % block_rows == 0:
+            _spread(scale[r // block_rows], block_cols, factors)
+        row = _decode_row(kind, stored[r], factors, codes, values)
+        _amax_row(row.view(U32), size, most[r])
+    return _largest(most)
 
 
 @_compiled
-def largest_e4m3(codes: Bytes, scale: Floats, block_rows: int, block_cols: int) -> Any:
-    """The bits of the largest magnitude of what `decode_e4m3` gives."""
+def _largest(values: npt.NDArray[np.uint32]) -> Any:
     largest = U32(0)
-    for r in range(codes.shape[0]):
-        scales = scale[r // block_rows]
-        for group in range(scales.shape[0]):
-            stop = min((group + 1) * block_cols, codes.shape[1])
-            part = codes[r, group * block_cols : stop]
-            code = U8(0)
-            for i in range(part.shape[0]):
-                code = max(code, U8(part[i] & U8(0x7F)))
-            product = _e4m3_value(code) * scales[group]
-            largest = max(largest, U32(_bits(product) & _MAGNITUDE))
+    for row in values:
+        for i in range(row.shape[0]):
+            largest = max(largest, row[i])
     return largest
 
 
 @_compiled
-def largest_e2m1(codes: Bytes, scale: Floats, block_rows: int, block_cols: int) -> Any:
-    """The bits of the largest magnitude of what `decode_e2m1` gives."""
-    each = np.empty(codes.shape[1], U8)
-    groups = (2 * codes.shape[1] + block_cols - 1) // block_cols
-    most = np.empty(groups, U8)
-    largest = U32(0)
-    for r in range(codes.shape[0]):
-        source, scales = codes[r], scale[r // block_rows]
-        for i in range(source.shape[0]):
-            each[i] = max(U8(source[i] & U8(7)), U8(U8(source[i] >> U8(4)) & U8(7)))
-        _group_maxima(each, block_cols // 2, most)
-        for group in range(groups):
-            product = _e2m1_value(most[group]) * scales[group]
-            largest = max(largest, U32(_bits(product) & _MAGNITUDE))
+def _amax_row(row: Any, size: int, most: Any) -> None:
+    """Of each run of `size` unsigned integers the largest, their first bit aside: a sign, without
+    which the bits of floats are in the order of their magnitudes, NaN above all."""
+    magnitude = ~row.dtype.type(0) >> row.dtype.type(1)
+    if size == 1:
+        for i in range(row.shape[0]):
+            most[i] = row.dtype.type(row[i] & magnitude)
+        return
+    fast = size == 8 or size == 16 or size == 32
+    whole = row.shape[0] // size if fast else 0
+    for run in range(whole):
+        if size == 8:
+            most[run] = _largest8(row, run * size)
+        elif size == 16:
+            most[run] = _largest16(row, run * size)
+        else:
+            most[run] = max(_largest16(row, run * 32), _largest16(row, run * 32 + 16))
+    for run in range(whole, most.shape[0]):
+        part = row[run * size : min((run + 1) * size, row.shape[0])]
+        largest = row.dtype.type(0)
+        for i in range(part.shape[0]):
+            largest = max(largest, row.dtype.type(part[i] & magnitude))
+        most[run] = largest
+
+
+@_compiled
+def e8m0_values(exponents: Bytes, out: Floats) -> Any:
+    """Flat: 2^(b - 127) of each byte; returns the largest byte: 255 stands for NaN."""
+    largest = U8(0)
+    for i in range(exponents.shape[0]):
+        bits = U32(U32(exponents[i]) << U32(23))
+        out[i] = _float(bits if bits else U32(1 << 22))  # 2^-127 is subnormal
+        largest = max(largest, exponents[i])
     return largest
 
 
 @_compiled
-def _group_maxima(codes: Bytes, size: int, most: Bytes) -> None:
-    """The largest of each run of `size` bytes, overwriting them: pairs first, which is fast where
-    runs are short, as long as they are even."""
-    count = codes.shape[0]
-    while size % 2 == 0 and count % size == 0:
-        size, count = size // 2, count // 2
-        for i in range(count):
-            codes[i] = max(codes[2 * i], codes[2 * i + 1])
-    for group in range(most.shape[0]):
-        largest = U8(0)
-        for i in range(group * size, min((group + 1) * size, count)):
-            largest = max(largest, codes[i])
-        most[group] = largest
+def e8m0_exponents(amax: Floats, round_up: int, less: int, out: Bytes) -> None:
+    """Flat: the exponents of floats whose bits are raised first, less so much, 0..254."""
+    bits, up, off = amax.view(np.int32), np.int32(round_up), np.int32(less)
+    for i in range(amax.shape[0]):
+        exponent = np.int32(np.int32(np.int32(bits[i] + up) >> np.int32(23)) - off)
+        out[i] = U8(min(max(exponent, np.int32(0)), np.int32(254)))
 
 
 @_compiled
 def nvfp4_scales(
-    amax: Floats, whole: float, divides: bool, empty: int, local: Bytes, scale: Floats
+    amax: Floats, whole: float, divides: bool, least: float, local: Bytes, scale: Floats
 ) -> None:
-    """Flat: of groups with these maxima the E4M3 scales, `empty` for what rounds to 0, and what
-    codes are multiplied by; see `Nvfp4`."""
-    factor, sixfold = F32(whole), F32(F32(whole) * F32(6))
+    """Flat: of groups with these maxima the E4M3 scales, the one of `least` for what rounds to 0,
+    and what codes are multiplied by; see `Nvfp4`."""
+    factor, sixfold, none = F32(whole), F32(F32(whole) * F32(6)), _e4m3_code(F32(least))
     for i in range(amax.shape[0]):
         wanted = (amax[i] / F32(6)) * factor if divides else amax[i] / sixfold
         code = _e4m3_code(wanted)
-        code = U8(empty) if code == U8(0) else code
+        code = none if code == U8(0) else code
         value = _e4m3_value(code)
         local[i] = code
         scale[i] = value / factor if divides else value * factor
-
-
-@_compiled
-def encode_bf16(values: Floats, out: npt.NDArray[np.uint16]) -> Any:
-    """Flat: the bits of float32 rounded to BF16, a tie to the even one; returns those of the
-    largest magnitude before, of NaN or infinity when it holds any."""
-    largest = U32(0)
-    for i in range(values.shape[0]):
-        bits = _bits(values[i])
-        odd = U32(U32(bits >> U32(16)) & U32(1))
-        out[i] = U16(U32(U32(U32(bits + U32(0x7FFF)) + odd) >> U32(16)))
-        largest = max(largest, U32(bits & _MAGNITUDE))
-    return largest

@@ -23,7 +23,6 @@ import torch
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import (
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
@@ -44,6 +43,7 @@ from requant.quant.e8m0 import (
     exponent_bytes,
     require_exponents,
 )
+from requant.quant.grid import Alphabet, Coded, Tile
 from requant.quant.packing import pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS, search
 
@@ -138,29 +138,21 @@ class Mxfp4(Codec):
         return rows, groups * GROUP
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Exponents by the rule, codes to the nearest; the division by the scale is exact."""
         self._require_writable()
         exponents = exponent_bytes(grid.amax(tile, GROUP), E2M1_MAX, self.exponent)
         if self.method == "mse":
-            exponents = _search(tile.reshape(len(tile), -1, GROUP), exponents)
+            exponents = _search(grid.decode(tile).unflatten(1, (-1, GROUP)), exponents)
         codes = grid.encode("e2m1", tile, e8m0_to_float32(exponents), (1, GROUP))
         return self._parts(codes, exponents)
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """code * 2^(b - 127), exact in float32 below 2^128. Raises FormatError for the byte 255."""
         codes, exponents, _ = _CONTAINERS[self.container]
-        require_exponents(parts[exponents])
         scale = e8m0_to_float32(parts[exponents])
-        return grid.decode("e2m1", parts[codes].flatten(1), scale, (1, GROUP))
-
-    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Each group's largest code times its scale. Raises FormatError for the byte 255."""
-        codes, exponents, _ = _CONTAINERS[self.container]
-        require_exponents(parts[exponents])
-        scale = e8m0_to_float32(parts[exponents])
-        return grid.largest("e2m1", parts[codes].flatten(1), scale, (1, GROUP))
+        return Coded("e2m1", parts[codes].flatten(1), scale, (1, GROUP), shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes one by one, the exponents as they are. Raises FormatError for the byte 255."""

@@ -16,7 +16,6 @@ import torch
 
 from requant.quant import grid
 from requant.quant.codec import (
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
@@ -33,10 +32,10 @@ from requant.quant.e4m3 import (
     exponents,
     fine_grained_config,
     is_e4m3,
-    powers_of_two,
     upcast_e2m1,
 )
-from requant.quant.e8m0 import RULES
+from requant.quant.e8m0 import RULES, e8m0_to_float32
+from requant.quant.grid import Alphabet, Coded, Tile
 
 GROUP_SIZE = 32
 _GROUP = (1, GROUP_SIZE)
@@ -83,17 +82,17 @@ class Mxfp8(Codec):
         }
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """A power of two at least amax / 448 per group: no code saturates."""
         exponent = exponents(grid.amax(tile, GROUP_SIZE), self.exponent)
-        codes = grid.encode("e4m3", tile, powers_of_two(exponent), _GROUP)
+        codes = grid.encode("e4m3", tile, e8m0_to_float32(exponent), _GROUP)
         return {"weight": codes, self._scale_part: exponent}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """codes * 2^(b - 127), exact in float32 (down to its subnormals)."""
-        scale = powers_of_two(parts[self._scale_part])
-        return grid.decode("e4m3", parts["weight"], scale, _GROUP)
+        scale = e8m0_to_float32(parts[self._scale_part])
+        return Coded("e4m3", parts["weight"], scale, _GROUP, shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The parts as they are, exponents as E8M0."""

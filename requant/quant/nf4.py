@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.bnb_maps import (
     MAPS,
     NESTED_BLOCK,
@@ -39,8 +40,8 @@ from requant.quant.codec import (
     Tolerance,
     check_specs,
     require_choice,
-    require_finite,
 )
+from requant.quant.grid import Tile, require_finite
 
 BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 #: What the quant_state calls the dtype that the weight had.
@@ -162,10 +163,10 @@ class BitsAndBytes(Codec):
         return mean
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """The nearest value of the map to weight / absmax, ties to the lower one."""
-        flat = tile.reshape(-1)
+        flat = grid.decode(tile).reshape(-1)
         absmax = self._absmax(flat)
         parts = {
             "weight": pack_high_first(nearest(self._normalize(flat, absmax), self.kind))[:, None],
@@ -182,7 +183,7 @@ class BitsAndBytes(Codec):
         parts[self.state_part] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
         return parts
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """map[code] * absmax, rounded to float32."""
         absmax = parts["weight.absmax"]
         if self.double_quant:

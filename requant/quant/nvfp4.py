@@ -24,7 +24,6 @@ from requant.buffers import empty
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import (
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
@@ -33,14 +32,13 @@ from requant.quant.codec import (
     exact_cast,
     refine_grid,
     require_choice,
-    require_finite,
     require_groups,
-    tile_amax,
 )
-from requant.quant.compiled import array, loops_for
+from requant.quant.compiled import flat, loops_for
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
 from requant.quant.e2m1 import E2M1_MAX, round_to_e2m1
 from requant.quant.e4m3 import E4M3_MAX
+from requant.quant.grid import Alphabet, Coded, Tile, require_finite
 from requant.quant.packing import (
     e4m3_to_float32,
     pack_nibbles,
@@ -99,7 +97,7 @@ class Nvfp4(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        return self.method == "rtn"
+        return self.method == "rtn" and self.arithmetic == "fp32"
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes, local scales, global scale. Raises when 16 does not divide the columns."""
@@ -118,39 +116,34 @@ class Nvfp4(Codec):
 
     def measure(self, tile: torch.Tensor) -> torch.Tensor:
         """The tile's amax, float32 [1]. Raises FormatError for NaN or infinity."""
-        amax = tile_amax(tile)
+        amax = tile.abs().amax().reshape(1)
         require_finite(amax)
         return self._round(amax)
 
     def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The largest amax, of all tiles of all weights that share the global scale: [1]."""
-        return torch.cat(list(measured)).amax().reshape(1)
+        """The global scale, of the largest amax of all tiles of all weights that share it: [1]."""
+        return self._global(torch.cat(list(measured)).amax().reshape(1))
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Local scales are global * amax / 6 in E4M3, codes the nearest of weight / (local /
         global); in ModelOpt's container with its own order of operations."""
-        tile = self._round(tile)
-        whole = self._global(self.measure(tile) if summary is None else summary)
+        if self.arithmetic == "bf16":
+            tile = self._round(grid.decode(tile))
+        whole = self.summarize([self.measure(grid.largest(tile))]) if summary is None else summary
         local, scale = self._scales(grid.amax(tile, GROUP), whole)
         if self.method == "mse":
-            local = self._search(tile.reshape(len(tile), -1, GROUP), local, whole)
+            local = self._search(grid.decode(tile).unflatten(1, (-1, GROUP)), local, whole)
             scale = self._scale(local, whole)
         codes = grid.encode("e2m1", tile, scale, (1, GROUP))
         return self._parts(codes, local, whole)
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """code * (local / global), or code * (local * scale_2): two roundings in float32."""
         codes, local, whole, _ = _CONTAINERS[self.container]
         scale = self._scale(parts[local], self._checked(parts[whole]))
-        return grid.decode("e2m1", parts[codes], scale, (1, GROUP))
-
-    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Each group's largest code times its scale."""
-        codes, local, whole, _ = _CONTAINERS[self.container]
-        scale = self._scale(parts[local], self._checked(parts[whole]))
-        return grid.largest("e2m1", parts[codes], scale, (1, GROUP))
+        return Coded("e2m1", parts[codes], scale, (1, GROUP), shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes one by one and the local scales as they are; the divisor is compressed-tensors'
@@ -238,7 +231,7 @@ class Nvfp4(Codec):
         return values
 
     def _global(self, amax: torch.Tensor) -> torch.Tensor:
-        """The global scale [1] of a summary, as the container stores it; 1 for zeros."""
+        """The global scale [1] of an amax [1], as the container stores it; 1 for zeros."""
         most = E4M3_MAX * E2M1_MAX
         if self.container == "modelopt":
             whole = (amax / most).clamp_min_(1 / _MOST)
@@ -252,12 +245,9 @@ class Nvfp4(Codec):
         if loops is None or self.arithmetic == "bf16":
             local = self._local(amax, whole)
             return local, self._scale(local, whole)
-        divides, empty_group = self.container == QUANT_METHOD, _CONTAINERS[self.container][3]
-        (code,) = torch.tensor([empty_group]).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
-        local = empty(tuple(amax.shape), torch.uint8)
-        scale = empty(tuple(amax.shape))
-        flat = (array(tensor).reshape(-1) for tensor in (amax, local, scale))
-        loops.nvfp4_scales(next(flat), float(whole), divides, code, *flat)
+        divides, least = self.container == QUANT_METHOD, _CONTAINERS[self.container][3]
+        local, scale = empty(tuple(amax.shape), torch.uint8), empty(tuple(amax.shape))
+        loops.nvfp4_scales(flat(amax), float(whole), divides, least, flat(local), flat(scale))
         return local.view(torch.float8_e4m3fn), scale
 
     def _local(self, amax: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

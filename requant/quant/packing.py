@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from requant.buffers import empty
-from requant.quant.compiled import array, loops_for
+from requant.quant.compiled import flat, loops_for
 
 
 def row_major(matrix: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     loops = loops_for(codes)
     if loops is not None:
         words = empty((codes.shape[0], codes.shape[1] // 8), torch.int32)
-        loops.pack(array(codes).reshape(-1), array(words).view("u1").reshape(-1))
+        loops.pack(flat(codes), flat(words).view("u1"))
         return words
     pairs = row_major(codes).view(torch.int16)
     return pairs.bitwise_right_shift(4).bitwise_or_(pairs).to(torch.uint8).view(torch.int32)
@@ -42,7 +42,7 @@ def unpack_nibbles(words: torch.Tensor, cols: int) -> torch.Tensor:
     loops = loops_for(words)
     if loops is not None:
         codes = empty((pairs.shape[0], 2 * pairs.shape[1]), torch.uint8)
-        loops.unpack(array(pairs).reshape(-1), array(codes).reshape(-1))
+        loops.unpack(flat(pairs), flat(codes))
         return codes[:, :cols]
     return torch.stack((pairs & 0xF, pairs >> 4), dim=2).flatten(1)[:, :cols]
 

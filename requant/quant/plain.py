@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 
-from requant.buffers import empty
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import (
     TORCH_DTYPES,
-    Alphabet,
     Codec,
     Codes,
     TensorSpec,
     Tolerance,
-    require_finite,
-    tile_amax,
 )
+from requant.quant.grid import Alphabet, Tile, require_finite
 
 #: Of each alphabet: significant bits of a code, its smallest step and its largest value.
 _EXACT: dict[Alphabet, tuple[int, float, float]] = {
@@ -45,7 +42,11 @@ class Plain(Codec):
     checked_against = "torch"
     quant_method = None
     packs = frozenset(_EXACT)
-    lean = True
+
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.dtype != "F16"
 
     @property
     def summary(self) -> str:  # type: ignore[override]
@@ -57,17 +58,17 @@ class Plain(Codec):
         return {"weight": TensorSpec(self.dtype, (rows, cols))}
 
     def encode(
-        self, tile: torch.Tensor, shape: tuple[int, int], summary: torch.Tensor | None = None
+        self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Round to the dtype; a finite value beyond its range is refused, not made infinite."""
         if self.dtype == "BF16":
             encoded, finite = grid.round_to_bf16(tile)
         else:
-            encoded = tile.to(TORCH_DTYPES[self.dtype])
+            encoded = grid.decode(tile).to(TORCH_DTYPES[self.dtype])
             finite = bool(torch.isfinite(encoded.sum()))  # so are the terms
         if finite:
             return {"weight": encoded}
-        largest = tile_amax(tile)
+        largest = grid.largest(tile)
         require_finite(largest)
         amax, limit = float(largest), torch.finfo(encoded.dtype).max
         if amax > limit and not bool(torch.isfinite(encoded).all()):
@@ -77,26 +78,10 @@ class Plain(Codec):
             )
         return {"weight": encoded}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Widen to float32 (exact)."""
+    def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
+        """The weight; FP16 widened to float32 (exact)."""
         weight = parts["weight"]
-        if weight.device.type != "cpu":
-            return weight.to(torch.float32)
-        return empty(tuple(weight.shape)).copy_(weight)
-
-    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """From the bits of 16-bit floats: without their sign they are in the order of the values,
-        NaN above all."""
-        weight = parts["weight"]
-        if weight.dtype == torch.float32:
-            return super().amax(parts, shape)
-        bits = weight.view(torch.int16)
-        if bits.device.type == "cpu":
-            sizes = torch.bitwise_and(bits, 0x7FFF, out=empty(tuple(bits.shape), torch.int16))
-        else:
-            sizes = bits & 0x7FFF
-        bits = sizes.amax().reshape(1)
-        return bits.view(weight.dtype).to(torch.float32)
+        return weight.to(torch.float32) if self.dtype == "F16" else weight
 
     def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """No codes to keep; raises FormatError unless every code times its scale is exact here."""

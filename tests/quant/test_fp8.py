@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from requant.errors import FormatError
 from requant.quant import detect_format, format_name, parse_format
 from requant.quant.codec import TORCH_DTYPES, Codec, Codes, TensorSpec
-from requant.quant.e4m3 import SCALE_DTYPES, exponents, powers_of_two, upcast_e2m1
+from requant.quant.e4m3 import SCALE_DTYPES, exponents, upcast_e2m1
+from requant.quant.e8m0 import e8m0_to_float32
 from requant.quant.fp8_block import AMAX_FLOOR, Fp8Block
 from requant.quant.fp8_channel import Fp8Channel
 from requant.quant.fp8_tensor import Fp8Tensor
@@ -154,9 +155,9 @@ def test_powers_of_two_are_not_taken_for_rounded_products(scale: str) -> None:
 def test_every_exponent_is_its_power_of_two() -> None:
     every = torch.arange(255, dtype=torch.uint8)
     expected = torch.ldexp(torch.ones(255, dtype=torch.float64), torch.arange(255) - 127)
-    assert torch.equal(powers_of_two(every).to(torch.float64), expected)
-    assert torch.equal(powers_of_two(every.view(torch.float8_e8m0fnu)).double(), expected)
-    assert powers_of_two(every)[0] == 2.0**-127  # a float32 subnormal
+    assert torch.equal(e8m0_to_float32(every).to(torch.float64), expected)
+    assert torch.equal(e8m0_to_float32(every.view(torch.float8_e8m0fnu)).double(), expected)
+    assert e8m0_to_float32(every)[0] == 2.0**-127  # a float32 subnormal
 
 
 def test_mxfp8_rules_differ_where_amax_is_448_times_a_power_of_two() -> None:

@@ -12,7 +12,8 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant import CODECS, Codec, compiled, format_name, grid, loops
-from requant.quant.codec import Alphabet
+from requant.quant.e8m0 import RULES, e8m0_to_float32, exponent_bytes
+from requant.quant.grid import Alphabet
 
 ALPHABETS: tuple[Alphabet, ...] = ("e4m3", "e2m1", "int4", "int8")
 SHAPES = [(1, 16), (7, 96), (128, 256), (130, 320)]
@@ -31,6 +32,29 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             return work(*arguments)
 
     return call
+
+
+def decode(
+    alphabet: Alphabet,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    block: tuple[int, int],
+    cols: int | None = None,
+) -> torch.Tensor:
+    """Codes of so many columns, all that there are unless told, times their scales."""
+    return grid.decode(coded(alphabet, codes, scale, block, cols))
+
+
+def coded(
+    alphabet: Alphabet,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    block: tuple[int, int],
+    cols: int | None = None,
+) -> grid.Coded:
+    """A tile that is not decoded."""
+    width = codes.shape[1] * (2 if alphabet in ("int4", "e2m1") else 1)
+    return grid.Coded(alphabet, codes, scale, block, width if cols is None else cols)
 
 
 def values_of(alphabet: Alphabet) -> torch.Tensor:
@@ -89,8 +113,8 @@ def test_loops_encode_and_decode_as_torch_does(
             tile[~torch.isfinite(tile)] = 0
             codes = grid.encode(alphabet, tile, scale, block)
             assert same(codes, by_torch(grid.encode, alphabet, tile, scale, block))
-            decoded = grid.decode(alphabet, codes, scale, block, shape[1])
-            assert same(decoded, by_torch(grid.decode, alphabet, codes, scale, block, shape[1]))
+            decoded = decode(alphabet, codes, scale, block, shape[1])
+            assert same(decoded, by_torch(decode, alphabet, codes, scale, block, shape[1]))
 
 
 @pytest.mark.parametrize("alphabet", ALPHABETS)
@@ -105,7 +129,7 @@ def test_codes_are_the_nearest(alphabet: Alphabet, by_torch: Any, same: Any) -> 
     one = torch.ones(1, 1)
     codes = grid.encode(alphabet, tile, one, (1, -1))
     assert same(codes, by_torch(grid.encode, alphabet, tile, one, (1, -1)))
-    decoded = grid.decode(alphabet, codes, one, (1, -1), tile.shape[1])[0].double()
+    decoded = decode(alphabet, codes, one, (1, -1), tile.shape[1])[0].double()
     distance = (tile[0].double()[:, None] - values.double()).abs()
     assert torch.equal((tile[0] - decoded).abs(), distance.amin(1))
 
@@ -118,8 +142,8 @@ def test_every_byte_is_decoded_as_torch_does(alphabet: Alphabet, by_torch: Any, 
         codes = codes.view(torch.float8_e4m3fn if alphabet == "e4m3" else torch.int8)
     scale = torch.tensor([[3.0], [-0.1], [2.0**-149]])
     for stored in (codes, codes[:, 1::2]):
-        found = grid.decode(alphabet, stored, scale, (1, -1))
-        expected = by_torch(grid.decode, alphabet, stored.contiguous(), scale, (1, -1))
+        found = decode(alphabet, stored, scale, (1, -1))
+        expected = by_torch(decode, alphabet, stored.contiguous(), scale, (1, -1))
         assert torch.equal(found.isnan(), expected.isnan())
         assert same(found.nan_to_num(7), expected.nan_to_num(7))
         assert found.isnan().any() == (alphabet == "e4m3")
@@ -133,7 +157,7 @@ def test_int4_of_any_width(cols: int, by_torch: Any, same: Any) -> None:
     assert codes.shape == (2, -(-cols // 8) * 4)
     assert same(codes, by_torch(grid.encode, "int4", tile, one, (1, -1)))
     assert not codes.flatten(0)[cols // 2 + 1 : codes.shape[1]].any()
-    assert torch.equal(grid.decode("int4", codes, one, (1, -1), cols), tile)
+    assert torch.equal(decode("int4", codes, one, (1, -1), cols), tile)
 
 
 def test_upcast(by_torch: Any, same: Any) -> None:
@@ -163,11 +187,12 @@ def test_largest(
         if alphabet in ("e4m3", "int8"):
             codes = codes.view(torch.float8_e4m3fn if alphabet == "e4m3" else torch.int8)
         scale = scales(shape, block, seed) * torch.randn(1, generator=generator)
-        found = grid.largest(alphabet, codes, scale, block)
-        expected = grid.decode(alphabet, codes, scale, block).abs().amax().reshape(1)
+        tile = coded(alphabet, codes, scale, block)
+        found = grid.largest(tile)
+        expected = decode(alphabet, codes, scale, block).abs().amax().reshape(1)
         assert same(found.nan_to_num(-7), expected.nan_to_num(-7))
         assert same(
-            by_torch(grid.largest, alphabet, codes, scale, block).nan_to_num(-7),
+            by_torch(grid.largest, tile).nan_to_num(-7),
             expected.nan_to_num(-7),
         )
 
@@ -224,6 +249,19 @@ def test_bf16(same: Any) -> None:
     assert not grid.round_to_bf16(tile)[1]
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("largest", [6.0, 448.0])
+def test_exponents(largest: float, rule: str, by_torch: Any, same: Any) -> None:
+    """Of zeros, subnormals, the largest float32 and all between; and their powers of two."""
+    amax = torch.cat((wild((64, 512), 4).abs().flatten(), torch.tensor([0.0, 2.0**-149, 3.4e38])))
+    found = exponent_bytes(amax, largest, rule)
+    assert same(found, by_torch(exponent_bytes, amax, largest, rule))
+    every = torch.arange(255, dtype=torch.uint8)
+    assert same(e8m0_to_float32(every), by_torch(e8m0_to_float32, every))
+    with pytest.raises(FormatError, match="255"):
+        by_torch(e8m0_to_float32, torch.tensor([255], dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=format_name)
 def test_formats_are_the_same_without_numba(codec: Codec, by_torch: Any, same: Any) -> None:
     """All parts, of a weight that came from BF16 and one that came from FP8; and back."""
@@ -231,7 +269,7 @@ def test_formats_are_the_same_without_numba(codec: Codec, by_torch: Any, same: A
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * 0.02
     scale = torch.rand(2, 4, generator=generator) * 1e-4
-    raised = grid.decode("e4m3", (weight * 1e4).to(torch.float8_e4m3fn), scale, (128, 128))
+    raised = decode("e4m3", (weight * 1e4).to(torch.float8_e4m3fn), scale, (128, 128))
     for tile in (weight.to(torch.bfloat16).to(torch.float32), raised):
         parts = codec.encode(tile, shape)
         expected = by_torch(codec.encode, tile, shape)
@@ -262,10 +300,9 @@ def test_scales_that_do_not_fit_are_refused(shape: tuple[int, int]) -> None:
     tile, codes = torch.ones(200, 256), torch.zeros(200, 256, dtype=torch.uint8)
     with pytest.raises(FormatError, match=r"expected float32 \[2, 2\] for blocks of 128x128"):
         grid.encode("int8", tile, torch.ones(shape), (128, 128))
-    for work in (grid.decode, grid.largest):
-        with pytest.raises(FormatError, match=r"of a \[200, 256\] tile"):
-            work("e4m3", codes.view(torch.float8_e4m3fn), torch.ones(shape), (128, 128))
+    with pytest.raises(FormatError, match=r"of a \[200, 256\] tile"):
+        coded("e4m3", codes.view(torch.float8_e4m3fn), torch.ones(shape), (128, 128))
     with pytest.raises(FormatError, match="expected float32"):
         grid.encode("int8", tile, torch.ones(2, 2, dtype=torch.float64), (128, 128))
     with pytest.raises(FormatError, match="513 columns of e2m1 do not fit into 256 bytes"):
-        grid.decode("e2m1", codes, torch.ones(200, 1), (1, -1), 513)
+        decode("e2m1", codes, torch.ones(200, 1), (1, -1), 513)

@@ -161,6 +161,23 @@ def test_tiles_give_the_bytes_of_the_whole(
     assert all(all(rows) for rows in covered.values())
 
 
+@every
+@pytest.mark.parametrize("shape", [(160, 256), (33, 576)])
+def test_tiles_need_not_be_decoded(codec: Codec, shape: Shape, weight: Any, same: Any) -> None:
+    """Of whatever format: encoders take the codes, and give the bytes they give for the floats."""
+    source = weight(*shape) * 1.1
+    for stored in ALL if holds(codec, shape) else []:
+        if not holds(stored, shape):
+            continue
+        held = stored.encode(source, shape)
+        tile, decoded = stored.tile(held, shape), stored.decode(held, shape)
+        summary = codec.summarize([codec.measure(decoded)]) if codec.two_pass else None
+        for given in (summary, None):
+            parts = codec.encode(tile, shape, given)
+            expected = codec.encode(decoded, shape, given)
+            assert all(same(parts[name], expected[name]) for name in expected), stored
+
+
 @small
 def test_zeros_stay_zero(codec: Codec, shape: Shape, weight: Any) -> None:
     assert not codec.decode(codec.encode(torch.zeros(shape), shape), shape).any()
