@@ -43,11 +43,6 @@ def e2m1_to_float32(packed: torch.Tensor) -> torch.Tensor:
     return values.mul_(factor)
 
 
-def e2m1_codes_to_float32(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15, one a byte, -> float32 of the same shape."""
-    return torch.tensor(E2M1_VALUES, device=codes.device)[codes.to(torch.int32)]
-
-
 def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
     """The nearest E2M1 values of a float32 tensor of any strides. Overwrites `values`.
 

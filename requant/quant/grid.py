@@ -23,7 +23,7 @@ from requant.buffers import empty
 from requant.errors import FormatError
 from requant.quant.blocks import block_range, block_strips, reduce_columns
 from requant.quant.compiled import array, loops_for
-from requant.quant.e2m1 import e2m1_bytes, e2m1_codes_to_float32
+from requant.quant.e2m1 import e2m1_bytes
 from requant.quant.packing import (
     centred_nibbles,
     e2m1_and_scale,
@@ -86,7 +86,7 @@ def decode(tile: Tile) -> torch.Tensor:
     loops = loops_for(tile)
     if loops is not None:
         decoded = empty(_shape(tile))
-        loops.decode(*_matrix(loops, tile), array(decoded))
+        loops.decode(_matrix(loops, tile), array(decoded))
         return decoded
     if isinstance(tile, torch.Tensor):
         return tile.to(torch.float32)
@@ -121,7 +121,7 @@ def encode(
         width = {"e2m1": cols // 2, "int4": -(-cols // 8) * 4}.get(alphabet, cols)
         codes = empty((rows, width), torch.uint8)
         kind = getattr(loops, alphabet.upper())
-        loops.encode(*_matrix(loops, tile), cols, kind, array(scale), *sides, array(codes))
+        loops.encode(_matrix(loops, tile), kind, array(scale), *sides, cols, array(codes))
         return codes.view({"e4m3": _E4M3, "int8": torch.int8}.get(alphabet, torch.uint8))
     quotient = decode(tile)
     quotient = quotient.clone() if quotient is tile else quotient
@@ -147,24 +147,16 @@ def round_to_bf16(tile: Tile) -> tuple[torch.Tensor, bool]:
         rounded = decode(tile).to(torch.bfloat16)
         return rounded, bool(torch.isfinite(rounded.sum()))
     rounded = empty(_shape(tile), torch.bfloat16)
-    largest = loops.encode_bf16(*_matrix(loops, tile), array(rounded, torch.uint16))
+    largest = loops.encode_bf16(_matrix(loops, tile), array(rounded, torch.uint16))
     return rounded, largest < _BEYOND_BF16
 
 
 def upcast_e2m1(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """E2M1 codes, one a byte uint8 [rows, cols], times scales with which they are E4M3 values:
     float8_e4m3fn of the same shape."""
-    shape = codes.shape[0], codes.shape[1]
-    sides = _checked(scale, block, shape)
-    loops = loops_for(codes)
-    if loops is not None:
-        wide = empty(shape, torch.uint8)
-        loops.upcast_e2m1(array(codes), array(scale), *sides, array(wide))
-        return wide.view(_E4M3)
-    values = e2m1_codes_to_float32(codes)
-    for strip, row_scale in block_strips(values, scale, *sides):
-        strip.mul_(row_scale)
-    return values.to(_E4M3)
+    packed = pack_nibbles(codes).view(torch.uint8)[:, : codes.shape[1] // 2]
+    tile = Coded("e2m1", packed, scale, block, codes.shape[1])
+    return encode("e4m3", tile, scale.new_ones(1, 1), (-1, -1))
 
 
 def amax(tile: Tile, block_cols: int = -1) -> torch.Tensor:
@@ -189,7 +181,7 @@ def column_peaks(tile: Tile, block_rows: int) -> torch.Tensor:
         return torch.stack([strip.abs().amax(0) for strip in decode(tile).split(block_rows)])
     rows, cols = _shape(tile)
     peaks = empty((-(-rows // block_rows), cols))
-    loops.peaks(*_matrix(loops, tile), block_rows, array(peaks))
+    loops.peaks(_matrix(loops, tile), block_rows, array(peaks))
     return peaks
 
 
@@ -201,7 +193,7 @@ def differences(tile: Tile, other: Coded) -> tuple[torch.Tensor, torch.Tensor]:
         ulps = decode(tile).view(torch.int32) - decode(other).view(torch.int32)
         return block_range(ulps, *_sides(other.block, other.shape))
     low, high = (empty(tuple(other.scale.shape), torch.int32) for _ in range(2))
-    loops.differences(*_matrix(loops, tile), *_matrix(loops, other)[1:], array(low), array(high))
+    loops.differences(_matrix(loops, tile), _matrix(loops, other), array(low), array(high))
     return low, high
 
 
@@ -220,7 +212,7 @@ def _amax(tile: Tile, block_cols: int) -> tuple[torch.Tensor, float]:
         found = reduce_columns(decode(tile).abs(), block_cols)
         return found, float(found.amax()) if found.numel() else 0.0
     found = empty((rows, -(-cols // block_cols)))
-    bits = loops.amax(*_matrix(loops, tile), cols, block_cols, array(found))
+    bits = loops.amax(_matrix(loops, tile), cols, block_cols, array(found))
     return found, float(np.uint32(bits).view(np.float32))
 
 

@@ -5,15 +5,16 @@ compiles a loop when it is first called, in a second or two, and keeps the machi
 for the next process. Every operation is an IEEE one of float32, none is fused or reordered: the
 results are those of grid.py's torch code, bit for bit.
 
-A matrix is `kind, stored, scale, block_rows, block_cols`: its rows as bytes [rows, bytes a row],
-the kind of number that they are, and a grid of float32 whose entry [i, j] is for rows i *
+A matrix is `(kind, stored, scale, block_rows, block_cols)`: its rows as bytes [rows, bytes a row],
+the kind of numbers that they are, and a grid of float32 whose entry [i, j] is for rows i *
 block_rows on and columns j * block_cols on; the last blocks may be partial. Floats have no use for
-scales. Rows are decoded one at a time into memory that stays in the processor's first cache, on
+scales. Rows are decoded one at a time, into memory that stays in the processor's first cache, on
 their way to what is asked for.
 
 Arrays are C-contiguous. Loops are over whole rows and free of branches, which lets LLVM use vector
 instructions: scales are spread over a row first, and integers are cast at every step as Numba would
-widen them to 64 bits.
+widen them to 64 bits. All is in one file: of what a function calls in others, Numba would not
+notice that it changed since machine code was kept.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numba.extending import intrinsic
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Matrix = tuple[int, Bytes, Floats, int, int]
 
 U8, U16, U32, F32 = np.uint8, np.uint16, np.uint32, np.float32
 
@@ -202,16 +204,29 @@ def pack(codes: Bytes, packed: Bytes) -> None:
 
 
 @_compiled
-def _decode_row(kind: int, stored: Bytes, factors: Floats, codes: Bytes, out: Floats) -> Any:
-    """A row as floats: in `out`, or where it lies if it is float32. `codes` is overwritten with
-    those that lie two in a byte."""
+def _scratch(matrix: Matrix, cols: int) -> Any:
+    """What `_row` needs: floats of a row, the factors of its codes, and room for codes that lie two
+    in a byte."""
+    return np.empty(cols, F32), np.empty(cols, F32), np.empty(2 * matrix[1].shape[1], U8)
+
+
+@_compiled
+def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
+    """Row r as floats: in the scratch, or where it lies if it is float32. Rows come in order, as
+    factors are kept from one to the next."""
+    kind, rows, scale, block_rows, block_cols = matrix
+    out, factors, codes = scratch
+    stored = rows[r]
     if kind == FP32:
         return stored.view(F32)
     if kind == BF16:
         bits, wide = stored.view(U16), out.view(U32)
         for i in range(out.shape[0]):
             wide[i] = U32(U32(bits[i]) << U32(16))
-    elif kind == E4M3:
+        return out
+    if r % block_rows == 0:
+        _spread(scale[r // block_rows], block_cols, factors)
+    if kind == E4M3:
         for i in range(out.shape[0]):
             out[i] = _e4m3_value(stored[i]) * factors[i]
     elif kind == INT8:
@@ -226,6 +241,14 @@ def _decode_row(kind: int, stored: Bytes, factors: Floats, codes: Bytes, out: Fl
         for i in range(out.shape[0]):
             out[i] = _e2m1_value(codes[i]) * factors[i]
     return out
+
+
+@_compiled
+def decode(matrix: Matrix, out: Floats) -> None:
+    """The matrix, which is not float32 yet, as float32 [rows, cols]."""
+    _, factors, codes = _scratch(matrix, out.shape[1])
+    for r in range(out.shape[0]):
+        _row(matrix, r, (out[r], factors, codes))
 
 
 @_compiled
@@ -249,66 +272,34 @@ def _encode_row(kind: int, row: Floats, divisors: Floats, codes: Bytes, out: Byt
 
 
 @_compiled
-def decode(
-    kind: int, stored: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Floats
-) -> None:
-    """The matrix as float32 [rows, cols]; not of float32, which it is."""
-    factors = np.empty(out.shape[1], F32)
-    codes = np.empty(2 * stored.shape[1], U8)
-    for r in range(out.shape[0]):
-        if kind < BF16 and r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        _decode_row(kind, stored[r], factors, codes, out[r])
-
-
-@_compiled
 def encode(
-    kind: int,
-    stored: Bytes,
-    scale: Floats,
+    matrix: Matrix,
+    to: int,
+    divisor: Floats,
     block_rows: int,
     block_cols: int,
     cols: int,
-    to: int,
-    divisor: Floats,
-    divisor_rows: int,
-    divisor_cols: int,
     out: Bytes,
 ) -> None:
     """The codes of the kind `to` nearest to [rows, cols] divided by other scales; 0 in what a row
     of `out` has beyond them."""
-    values, factors, divisors = np.empty(cols, F32), np.empty(cols, F32), np.empty(cols, F32)
-    codes, wanted = np.empty(2 * stored.shape[1], U8), np.zeros(2 * out.shape[1], U8)
+    scratch = _scratch(matrix, cols)
+    divisors, codes = np.empty(cols, F32), np.zeros(2 * out.shape[1], U8)
     for r in range(out.shape[0]):
-        if kind < BF16 and r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        if r % divisor_rows == 0:
-            _spread(divisor[r // divisor_rows], divisor_cols, divisors)
-        row = _decode_row(kind, stored[r], factors, codes, values)
-        _encode_row(to, row, divisors, wanted, out[r])
+        if r % block_rows == 0:
+            _spread(divisor[r // block_rows], block_cols, divisors)
+        _encode_row(to, _row(matrix, r, scratch), divisors, codes, out[r])
 
 
 @_compiled
-def encode_bf16(
-    kind: int,
-    stored: Bytes,
-    scale: Floats,
-    block_rows: int,
-    block_cols: int,
-    out: npt.NDArray[np.uint16],
-) -> Any:
+def encode_bf16(matrix: Matrix, out: npt.NDArray[np.uint16]) -> Any:
     """The bits of [rows, cols] rounded to BF16, a tie to the even one; returns those of the
     largest magnitude before, of NaN or infinity when it holds any."""
-    cols = out.shape[1]
-    values, factors = np.empty(cols, F32), np.empty(cols, F32)
-    codes = np.empty(2 * stored.shape[1], U8)
+    scratch = _scratch(matrix, out.shape[1])
     largest = U32(0)
     for r in range(out.shape[0]):
-        if kind < BF16 and r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        row = _decode_row(kind, stored[r], factors, codes, values)
-        target = out[r]
-        for i in range(cols):
+        row, target = _row(matrix, r, scratch), out[r]
+        for i in range(target.shape[0]):
             bits = _bits(row[i])
             odd = U32(U32(bits >> U32(16)) & U32(1))
             target[i] = U16(U32(U32(U32(bits + U32(0x7FFF)) + odd) >> U32(16)))
@@ -318,133 +309,80 @@ def encode_bf16(
 
 @_compiled
 def differences(
-    kind: int,
-    stored: Bytes,
-    scale: Floats,
-    block_rows: int,
-    block_cols: int,
-    codes: Bytes,
-    factor: Floats,
-    factor_rows: int,
-    factor_cols: int,
-    low: npt.NDArray[np.int32],
-    high: npt.NDArray[np.int32],
+    matrix: Matrix, other: Matrix, low: npt.NDArray[np.int32], high: npt.NDArray[np.int32]
 ) -> None:
-    """By how many ulps the magnitudes of [rows, cols] exceed those of E4M3 codes times factors:
-    the least and the most in each block of the factors, or 0. Their signs are the same."""
+    """By how many ulps the magnitudes of [rows, cols] exceed those of codes: the least and the most
+    in each of the codes' blocks, or 0. Signs are the same."""
+    _, codes, _, block_rows, block_cols = other
     cols = codes.shape[1]
-    values, factors = np.empty(cols, F32), np.empty(cols, F32)
-    others, other_factors = np.empty(cols, F32), np.empty(cols, F32)
-    nibbles = np.empty(2 * stored.shape[1], U8)
+    scratch, other_scratch = _scratch(matrix, cols), _scratch(other, cols)
     low[:] = 0
     high[:] = 0
     for r in range(codes.shape[0]):
-        if kind < BF16 and r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        if r % factor_rows == 0:
-            _spread(factor[r // factor_rows], factor_cols, other_factors)
-        row = _decode_row(kind, stored[r], factors, nibbles, values).view(np.int32)
-        other = _decode_row(E4M3, codes[r], other_factors, nibbles, others).view(np.int32)
-        for block in range(low.shape[1]):
-            least, most = np.int32(0), np.int32(0)
-            for i in range(block * factor_cols, min((block + 1) * factor_cols, cols)):
-                ulps = np.int32(row[i] - other[i])
-                least, most = min(least, ulps), max(most, ulps)
-            at = r // factor_rows
-            low[at, block] = min(low[at, block], least)
-            high[at, block] = max(high[at, block], most)
+        ours = _row(matrix, r, scratch).view(np.int32)
+        theirs = _row(other, r, other_scratch).view(np.int32)
+        least, most = low[r // block_rows], high[r // block_rows]
+        for block in range(least.shape[0]):
+            down, up = least[block], most[block]
+            for i in range(block * block_cols, min((block + 1) * block_cols, cols)):
+                ulps = np.int32(ours[i] - theirs[i])
+                down, up = min(down, ulps), max(up, ulps)
+            least[block], most[block] = down, up
 
 
 @_compiled
-def upcast_e2m1(codes: Bytes, scale: Floats, block_rows: int, block_cols: int, out: Bytes) -> None:
-    """The E4M3 codes nearest to E2M1 codes, one a byte [rows, cols], times their scales."""
-    factors = np.empty(out.shape[1], F32)
-    for r in range(out.shape[0]):
-        if r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        source, target = codes[r], out[r]
-        for i in range(target.shape[0]):
-            target[i] = _e4m3_code(_e2m1_value(source[i]) * factors[i])
-
-
-@_compiled
-def peaks(
-    kind: int,
-    stored: Bytes,
-    scale: Floats,
-    block_rows: int,
-    block_cols: int,
-    rows_each: int,
-    out: Floats,
-) -> None:
-    """[rows, cols] -> [ceil(rows / rows_each), cols]: the largest magnitude in each column of each
+def peaks(matrix: Matrix, block_rows: int, out: Floats) -> None:
+    """[rows, cols] -> [ceil(rows / block_rows), cols]: the largest magnitude in each column of each
     run of rows; NaN counts as larger than all else."""
-    cols = out.shape[1]
-    values, factors = np.empty(cols, F32), np.empty(cols, F32)
-    codes = np.empty(2 * stored.shape[1], U8)
+    scratch = _scratch(matrix, out.shape[1])
     most = out.view(U32)
     most[:] = 0
-    for r in range(stored.shape[0]):
-        if kind < BF16 and r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        row = _decode_row(kind, stored[r], factors, codes, values).view(U32)
-        target = most[r // rows_each]
-        for i in range(cols):
+    for r in range(matrix[1].shape[0]):
+        row, target = _row(matrix, r, scratch).view(U32), most[r // block_rows]
+        for i in range(target.shape[0]):
             target[i] = max(target[i], U32(row[i] & _MAGNITUDE))
 
 
 @_compiled
-def amax(
-    kind: int,
-    stored: Bytes,
-    scale: Floats,
-    block_rows: int,
-    block_cols: int,
-    cols: int,
-    size: int,
-    out: Floats,
-) -> Any:
+def amax(matrix: Matrix, cols: int, size: int, out: Floats) -> Any:
     """[rows, cols] -> [rows, ceil(cols / size)]: the largest magnitude of each run of columns; NaN
     counts as larger than all else. Returns the bits of the largest of all.
 
     Of codes that are in the order of their values, and share a scale, the largest is looked for
     before it is decoded.
     """
+    kind, stored, scale, block_rows, block_cols = matrix
     most = out.view(U32)
     step = min(size, block_cols)
-    runs = (cols + step - 1) // step
-    ordered = kind == E4M3 or kind == E2M1 or kind == BF16
-    if ordered and max(size, block_cols) % step == 0 and (kind != E2M1 or step % 2 == 0):
-        codes = np.empty(stored.shape[1], U8)
-        largest, largest_bits = np.empty(runs, U8), np.empty(runs, U16)
-        factors, products = np.empty(runs, F32), np.empty(runs, F32)
-        for r in range(stored.shape[0]):
-            if kind < BF16 and r % block_rows == 0:
-                _spread(scale[r // block_rows], block_cols // step, factors)
-            if kind == BF16:
-                _amax_row(stored[r].view(U16), step, largest_bits)
-                for run in range(runs):
-                    products[run] = _float(U32(U32(largest_bits[run]) << U32(16)))
-            elif kind == E4M3:
-                _amax_row(stored[r], step, largest)
-                for run in range(runs):
-                    products[run] = _e4m3_value(largest[run]) * factors[run]
-            else:
-                pairs = stored[r]
-                for i in range(pairs.shape[0]):
-                    codes[i] = max(U8(pairs[i] & U8(7)), U8(U8(pairs[i] >> U8(4)) & U8(7)))
-                _amax_row(codes, step // 2, largest)
-                for run in range(runs):
-                    products[run] = _e2m1_value(largest[run]) * factors[run]
-            _amax_row(products.view(U32), size // step, most[r])
+    ordered = kind == BF16 or kind == E4M3 or (kind == E2M1 and step % 2 == 0)
+    if not ordered or max(size, block_cols) % step:
+        scratch = _scratch(matrix, cols)
+        for r in range(most.shape[0]):
+            _amax_row(_row(matrix, r, scratch).view(U32), size, most[r])
         return _largest(most)
-    values, factors = np.empty(cols, F32), np.empty(cols, F32)
-    codes = np.empty(2 * stored.shape[1], U8)
-    for r in range(stored.shape[0]):
+    codes = np.empty(stored.shape[1], U8)
+    runs = (cols + step - 1) // step
+    largest, largest_bits = np.empty(runs, U8), np.empty(runs, U16)
+    factors, products = np.empty(runs, F32), np.empty(runs, F32)
+    for r in range(most.shape[0]):
+        row = stored[r]
         if kind < BF16 and r % block_rows == 0:
-            _spread(scale[r // block_rows], block_cols, factors)
-        row = _decode_row(kind, stored[r], factors, codes, values)
-        _amax_row(row.view(U32), size, most[r])
+            _spread(scale[r // block_rows], block_cols // step, factors)
+        if kind == BF16:
+            _amax_row(row.view(U16), step, largest_bits)
+            for run in range(runs):
+                products[run] = _float(U32(U32(largest_bits[run]) << U32(16)))
+        elif kind == E4M3:
+            _amax_row(row, step, largest)
+            for run in range(runs):
+                products[run] = _e4m3_value(largest[run]) * factors[run]
+        else:
+            for i in range(row.shape[0]):
+                codes[i] = max(U8(row[i] & U8(7)), U8(U8(row[i] >> U8(4)) & U8(7)))
+            _amax_row(codes, step // 2, largest)
+            for run in range(runs):
+                products[run] = _e2m1_value(largest[run]) * factors[run]
+        _amax_row(products.view(U32), size // step, most[r])
     return _largest(most)
 
 
