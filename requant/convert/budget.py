@@ -17,7 +17,7 @@ import torch
 from requant.convert import steps, writer
 from requant.convert.plan import Plan
 from requant.convert.processes import Team, local_processes
-from requant.convert.readahead import UNHASHED, WINDOW_BYTES, WINDOWS, windows_of
+from requant.convert.readahead import UNHASHED, WINDOW_BYTES, WINDOWS, WINDOWS_TWICE, windows_of
 from requant.convert.run import Runtime
 from requant.errors import RequantError
 from requant.memory import peak_bytes
@@ -27,7 +27,7 @@ from requant.quant import grid
 #: More workers than this wait for the disk.
 MAX_WORKERS = 16
 #: The fewest windows of the source that still let reading and computing overlap, and the most that
-#: are of use: enough to hold any expert for a second look.
+#: are of use for a second look: enough to hold any expert.
 MIN_WINDOWS, MAX_WINDOWS = 4, 32
 #: Bytes of temporaries, at most, for every element of the tile that a worker computes on, if it is
 #: decoded and if not, and of the pieces that wait to be written for every element of them.
@@ -43,12 +43,13 @@ def runtime(
     """
     wanted = workers or usual_workers()
     if ram is None:
-        return Runtime(device, wanted, WINDOWS, team)
+        return Runtime(device, wanted, usual_windows(plan), team)
     sizes = _sizes(plan)
+    most = MAX_WINDOWS if _looks_twice(plan) else WINDOWS
     for count in range(wanted, 0, -1) if workers is None else [wanted]:
         least = _needed(plan, sizes, count, MIN_WINDOWS)
         if least <= ram:
-            windows = min(MIN_WINDOWS + (ram - least) // WINDOW_BYTES, MAX_WINDOWS)
+            windows = min(MIN_WINDOWS + (ram - least) // WINDOW_BYTES, most)
             return Runtime(device, count, windows, team)
     raise RequantError(
         f"--ram: {size(ram)} are too few, {size(least)} are needed with --workers {count} "
@@ -59,6 +60,11 @@ def runtime(
 def usual_workers() -> int:
     """Tiles that are computed at a time unless told: the cores of this process's share."""
     return max(1, min(_cores() // local_processes(), MAX_WORKERS))
+
+
+def usual_windows(plan: Plan) -> int:
+    """Windows of the source that are held unless told."""
+    return WINDOWS_TWICE if _looks_twice(plan) else WINDOWS
 
 
 def needed_bytes(plan: Plan, workers: int, windows: int) -> int:
@@ -87,6 +93,10 @@ def _sizes(plan: Plan) -> _Sizes:
         parts = weight.specs.items()
         held = max(held, sum(s.nbytes for p, s in parts if p != weight.streamed))
     return _Sizes(tile, piece, held)
+
+
+def _looks_twice(plan: Plan) -> bool:
+    return any(w.codec is not None and w.codec.two_pass and not w.repack for w in plan.weights)
 
 
 def _needed(plan: Plan, sizes: _Sizes, workers: int, windows: int) -> int:

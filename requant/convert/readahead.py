@@ -20,8 +20,9 @@ from requant.convert.journal import Digest
 
 #: Bytes that are read at a time.
 WINDOW_BYTES = 8 << 20
-#: How many of them are held, unless told.
-WINDOWS = 12
+#: How many of them are held, unless told: for reading ahead, and for a second look at an expert of
+#: 60 MB while the next is looked at.
+WINDOWS, WINDOWS_TWICE = 8, 18
 #: How many each of several files has, and the least size of them.
 SHARED_WINDOWS = 16
 LEAST_BYTES = 1 << 18

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from requant.convert.budget import needed_bytes, usual_workers
+from requant.convert.budget import needed_bytes, usual_windows, usual_workers
 from requant.convert.claim import bytes_beside
 from requant.convert.forms import PlannedWeight
 from requant.convert.plan import Plan
-from requant.convert.readahead import WINDOWS
 from requant.convert.steps import Steps
 
 #: Bytes/s that an NVMe-class disk reads and writes past the page cache at the same time, together:
@@ -42,7 +41,7 @@ def conversion_cost(plan: Plan, probe: bool = True) -> dict[str, Any]:
         "written_bytes": plan.written_bytes,
         "output_disk_bytes": output,
         "peak_disk_bytes": output + source,
-        "ram_bytes": needed_bytes(plan, workers, WINDOWS),
+        "ram_bytes": needed_bytes(plan, workers, usual_windows(plan)),
         "workers": workers,
         "estimated_seconds": round(_seconds(plan, workers), 1) if probe else None,
     }

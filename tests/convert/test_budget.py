@@ -17,7 +17,7 @@ import requant.convert.budget as budget
 from requant.cli import app
 from requant.convert.plan import Plan, make_plan
 from requant.convert.processes import Team
-from requant.convert.readahead import WINDOW_BYTES, WINDOWS
+from requant.convert.readahead import WINDOW_BYTES
 from requant.convert.recipe import default_recipe
 from requant.convert.source import Checkpoint
 from requant.errors import RequantError
@@ -101,15 +101,19 @@ def test_what_is_needed_does_not_depend_on_the_models_size(
     assert one == five
 
 
-def test_memory_is_spent_on_workers_first_and_then_on_windows(small: Path, steady: None) -> None:
-    plan = planned(small, "int4")
+@pytest.mark.parametrize(("to", "usual", "most"), [("int4", 8, 8), ("nvfp4", 18, 32)])
+def test_memory_is_spent_on_workers_first_and_then_on_windows(
+    to: str, usual: int, most: int, small: Path, steady: None
+) -> None:
+    """More windows than reading ahead needs are of use where weights are looked at twice."""
+    plan = planned(small, to)
 
     def given(ram: int | None, workers: int | None = None) -> tuple[int, int]:
         how = budget.runtime(plan, CPU, workers, ram, Team())
         return how.workers, how.windows
 
     cores = min(len(os.sched_getaffinity(0)), budget.MAX_WORKERS)
-    assert given(None) == (cores, WINDOWS) and given(None, 100) == (100, WINDOWS)
+    assert given(None) == (cores, usual) and given(None, 100) == (100, usual)
     least = budget.needed_bytes(plan, 1, budget.MIN_WINDOWS)
     assert given(least) == (1, budget.MIN_WINDOWS)
     with pytest.raises(RequantError, match="are too few"):
@@ -119,8 +123,8 @@ def test_memory_is_spent_on_workers_first_and_then_on_windows(small: Path, stead
     with pytest.raises(RequantError, match="with --workers 4"):
         given(four - 1, 4)
     assert given(four + 3 * WINDOW_BYTES, 4) == (4, budget.MIN_WINDOWS + 3)
-    assert given(1 << 50) == (cores, budget.MAX_WINDOWS)
-    for workers, windows in ((1, 4), (2, 7), (5, 32)):
+    assert given(1 << 50) == (cores, most)
+    for workers, windows in ((1, 4), (2, 7), (5, most)):
         needed = budget.needed_bytes(plan, workers, windows)
         assert given(needed, workers) == (workers, windows)
 
