@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from requant.convert.source import Checkpoint
+from requant.convert.source import Checkpoint, iter_tiles
 from requant.convert.weights import StoredWeight, codes_part
 from requant.errors import FormatError
 from requant.quant import Codec, TensorSpec
@@ -22,8 +22,9 @@ from requant.quant.plain import Plain
 
 #: Of fewer scales, random ones say too little: they are read instead, which costs nothing.
 _FEW_SCALES = 4096
-#: Rows that are tried before all.
+#: Rows that are tried before all, and elements whose scales are tried at a time: some 30 MB.
 _FEW_ROWS = 128
+_PROBE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ def keeps_values(source: Checkpoint, weight: StoredWeight, target: Codec) -> Kep
     # What does not fit mostly shows in the first rows already, which are read much faster.
     few = math.lcm(_FEW_ROWS, stored.row_alignment(cols), target.row_alignment(cols))
     alone = target.two_pass or few >= rows  # a scale of the whole tensor may need all of it
-    for stop in (rows,) if alone else (few, rows):
+    pieces = [(0, rows)] if alone else [(0, few), *iter_tiles(rows, cols, few, _PROBE_ELEMENTS)]
+    for start, stop in pieces:
+        shape = stop - start, cols
         scales = {
-            part: source.read_part(weight.parts[part], spec, 0, stop)
-            for part, spec in _without_codes(stored, (stop, cols)).items()
+            part: source.read_part(weight.parts[part], spec, start, stop)
+            for part, spec in _without_codes(stored, (rows, cols)).items()
         }
         try:
-            target.pack(stored.unpack(scales, (stop, cols)), (stop, cols))
+            target.pack(stored.unpack(scales, shape), shape)
         except FormatError as error:
             return Kept(False, reason=str(error) if repack else None)
     return Kept(True, repack)
@@ -92,6 +95,9 @@ def _ever(stored: Codec, target: Codec, shape: tuple[int, int]) -> bool:
 
 def _takes(stored: Codec, target: Codec, shape: tuple[int, int], tame: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
+    alignment = math.lcm(stored.row_alignment(shape[1]), target.row_alignment(shape[1]))
+    if not target.two_pass:  # some rows tell what all would
+        shape = next(iter_tiles(*shape, alignment, _PROBE_ELEMENTS))[1], shape[1]
     specs = _without_codes(stored, shape)
     made_up = {part: _random(spec, shape, generator, tame) for part, spec in specs.items()}
     try:

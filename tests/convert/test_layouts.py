@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import requant.convert.lossless as lossless
 import requant.convert.steps as steps
 from requant.convert.forms import PlannedWeight
 from requant.convert.inspect import inspect
@@ -25,7 +26,7 @@ from requant.convert.recipe import Recipe, default_recipe, load_recipe, parse_re
 from requant.convert.run import Runtime, convert
 from requant.convert.source import Checkpoint
 from requant.errors import CheckpointError, FormatError
-from requant.quant import format_name
+from requant.quant import format_name, parse_format
 from requant.quant.plain import Plain
 from tests.convert.layouts import (
     ACT_ORDER_CT,
@@ -41,7 +42,7 @@ from tests.convert.layouts import (
     kimi,
     words,
 )
-from tests.helpers import CPU, Tensors, load, same
+from tests.helpers import CPU, Tensors, load, same, write_checkpoint
 
 TARGETS = ["bf16", "fp8-block", "int4[group_size=32]"]
 PRESETS = ["ampere-int4", "blackwell-nvfp4", "deepseek-int4-experts", "fp8-from-bf16",
@@ -397,6 +398,25 @@ def test_act_order_in_order_is_lossless(tmp_path: Path) -> None:
     assert result["lossless_tensors"] == 7
     expect_converted(plan, tmp_path / "out", made.values)
     expect_valid_config(plan)
+
+
+@pytest.mark.parametrize("row", [None, 3, 200, 511])
+def test_scales_decide_wherever_they_are(
+    row: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at some rows at a time: 2^73 is beyond FP16."""
+    monkeypatch.setattr(lossless, "_PROBE_ELEMENTS", 128 * 64)
+    name = "model.layers.0.mlp.up_proj.weight"
+    exponents = torch.full((512, 2), 127, dtype=torch.uint8)
+    if row is not None:
+        exponents[row, 1] = 200
+    codes = torch.zeros(512, 32, dtype=torch.uint8)
+    tensors = {f"{name}_packed": codes, f"{name}_scale": exponents}
+    source = Checkpoint.open(
+        write_checkpoint(tmp_path / "m", tensors, {}, lambda _: "model.safetensors")
+    )
+    kept = lossless.keeps_values(source, source.weights[name], parse_format("fp16"))
+    assert kept.lossless is (row is None)
 
 
 @pytest.mark.parametrize("seed", range(4))
