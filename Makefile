@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # gptqmodel asks for a newer torch than is tested here, and for packages its layers do not use: it
 # and what its import needs are installed as they are. only tests use it.
 GPTQMODEL := gptqmodel logbar device_smi threadpoolctl tokenicer defuser pillow requests urllib3 \
@@ -17,14 +18,14 @@ demo: $(VENV)/.run
 	@echo; echo "INT4:"; $(BIN)/requant run build/demo-int4 "The function returns" --max-tokens 48 --temperature 0.7 --seed 2
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # Format, lint, types, tests: what CI runs.
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST) --durations=10
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

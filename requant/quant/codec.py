@@ -223,7 +223,7 @@ class Codec(ABC):
         product of the two is all there is to a value, else floats."""
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """Decode the parts of one tile of `shape` into float32, overwriting nothing."""
+        """Decode the parts of one tile of `shape` into float32; a float32 weight is itself."""
         return grid.decode(self.tile(parts, shape))
 
     def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
