@@ -220,6 +220,25 @@ def test_column_peaks(rows: int, by_torch: Any, same: Any) -> None:
         assert same(found.nan_to_num(7), expected.nan_to_num(7))
 
 
+@pytest.mark.parametrize("block", [(128, 128), (3, 48), (-1, -1)])
+def test_differences(block: tuple[int, int], by_torch: Any) -> None:
+    """Ulps that are put there: of each block the most below and above, whatever the sign."""
+    shape = (130, 320)
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randn(shape, generator=generator).mul_(50).to(torch.float8_e4m3fn)
+    other = coded("e4m3", codes, scales(shape, block, -9), block)
+    ulps = torch.randint(-9, 10, shape, generator=generator, dtype=torch.int32)
+    values = grid.decode(other)
+    ulps[values.abs() < 1e-30] = 0
+    tile = (values.view(torch.int32) + ulps).view(torch.float32)
+    rows, cols = (b if b > 0 else side for b, side in zip(block, shape, strict=True))
+    blocks = [row.split(cols, dim=1) for row in ulps.split(rows)]
+    low = torch.stack([torch.stack([b.amin().clamp_max(0) for b in row]) for row in blocks])
+    high = torch.stack([torch.stack([b.amax().clamp_min(0) for b in row]) for row in blocks])
+    for found in (grid.differences(tile, other), by_torch(grid.differences, tile, other)):
+        assert torch.equal(found[0], low) and torch.equal(found[1], high)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("position", [0, 17, 95])
