@@ -20,6 +20,9 @@ from requant.errors import CheckpointError, RequantError, ToldError
 PATIENCE = timedelta(days=30)
 #: How long the first ones wait for the last to join.
 JOINING = timedelta(minutes=20)
+#: How long they try to reach a launcher that was there before them; torch tries twice. One that
+#: does not answer was killed.
+ANSWERING = timedelta(seconds=10)
 #: Seconds between two looks at the others' progress while waiting for them.
 LOOK_SECONDS = 0.1
 
@@ -71,8 +74,12 @@ class Processes(Team):
         from torch.distributed.rendezvous import rendezvous
 
         self._dist = dist
+        waiting = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            store, self.rank, self.size = next(rendezvous("env://", timeout=JOINING))
+            store, self.rank, self.size = next(
+                rendezvous("env://", timeout=ANSWERING if waiting else JOINING)
+            )
+            store.set_timeout(JOINING)
             group = dist.PrefixStore("requant-gloo", store)  # type: ignore[attr-defined]
             dist.init_process_group(
                 "gloo", store=group, rank=self.rank, world_size=self.size, timeout=PATIENCE

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from requant.cli import app
+from requant.convert import processes
 from requant.convert.journal import JOURNAL_NAME, MANIFEST_NAME, PART_NAME, Journal
 from requant.convert.plan import Plan, make_plan
 from requant.convert.recipe import default_recipe
@@ -243,6 +245,25 @@ def test_an_environment_that_makes_no_sense(
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(app, ["convert", str(many), str(out), "--to", "bf16"])
     assert result.exit_code == 2 and message in result.stderr and not out.exists()
+
+
+def test_workers_do_not_wait_for_a_launcher_that_was_killed(
+    many: Path, out: Path, monkeypatch: Any
+) -> None:
+    """It was there before them, so nobody is going to answer."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "ANSWERING", timedelta(milliseconds=100))
+    monkeypatch.setattr(processes, "JOINING", timedelta(seconds=1))
+    result = CliRunner().invoke(app, ["convert", str(many), str(out), "--to", "bf16"])
+    assert result.exit_code == 2 and not out.exists()
+    assert "cannot reach the other processes of this run" in result.stderr
+    assert "timed out after 100ms" in result.stderr
 
 
 def commands() -> list[str]:
