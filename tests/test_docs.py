@@ -16,6 +16,7 @@ from requant.quant.codec import Codes, bits_per_weight
 from requant.quant.integer import _CLIP_PAIRS
 from requant.quant.nf4 import MAPS
 from requant.quant.nvfp4 import _STEPS
+from requant.quant.packing import unpack_nibbles
 from requant.quant.search import CLIPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +180,10 @@ def read_words(codes: Codes, name: str, read: str) -> str:
         zero = codes.zero if codes.zero is not None else torch.full((8, 1), 8)
         return f"zero points {digits(zero[:8, 0])}"
     assert codes.codes is not None
-    return f"codes {digits(codes.codes[:8, 0] if name == 'int4-awq' else codes.codes[0, :8])}"
+    held = codes.codes
+    if codes.alphabet in ("int4", "e2m1"):
+        held = unpack_nibbles(held, 2 * held.shape[1])
+    return f"codes {digits(held[:8, 0] if name == 'int4-awq' else held[0, :8])}"
 
 
 def test_example_of_fp4_raised_to_fp8() -> None:

@@ -207,13 +207,6 @@ class Checkpoint:
         assert weight.codec is not None
         return self._of_tile(weight, weight.codec.tile, start, stop, device)
 
-    def amax_rows(
-        self, weight: StoredWeight, start: int, stop: int, device: torch.device | str = "cpu"
-    ) -> torch.Tensor:
-        """The largest magnitude that `decode_rows` gives, float32 [1]."""
-        assert weight.codec is not None
-        return self._of_tile(weight, weight.codec.amax, start, stop, device)
-
     def _of_tile(
         self,
         weight: StoredWeight,

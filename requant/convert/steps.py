@@ -91,8 +91,7 @@ class Summaries:
 
         def measure(stored: StoredWeight, start: int, stop: int) -> list[torch.Tensor]:
             def of_tile(a: int, b: int) -> torch.Tensor:
-                rows = self._source.amax_rows if codec.measures_amax else self._source.decode_rows
-                tile = rows(stored, a, b, self._device)
+                tile = self._source.tile_rows(stored, a, b, self._device)
                 return _of_rows(stored, a, b, lambda: codec.measure(tile))
 
             elements = tile_elements(stored, codec)

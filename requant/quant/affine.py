@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
+from requant.quant import grid
 from requant.quant.codec import LEAVE, PLAIN_SCALES, Codes, exact_cast, refine_grid
-from requant.quant.grid import require_finite
+from requant.quant.grid import Tile
 from requant.quant.search import CLIPS, search
 
 #: The largest code; the code that stands for 0 in symmetric data.
@@ -28,62 +29,36 @@ CENTRE = 8
 SCALES = ("fp16", "bf16")
 
 #: (low <= 0, high >= 0), the range of each group -> its float32 scale and zero point.
-Grid = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Scales = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def quantize(
-    tile: torch.Tensor, size: int, grid: Grid, method: str, dtype: torch.dtype
+    tile: Tile, size: int, scales: Scales, method: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Groups of `size` columns -> codes uint8 [rows, cols], scales in `dtype` and zero points uint8
-    [rows, ceil(cols / size)].
+    """Groups of `size` columns -> codes 0..15 as `grid.encode` packs them, scales in `dtype` and
+    zero points uint8 [rows, ceil(cols / size)].
 
     A last group that is short is filled up with zeros, which the range has anyway. Raises
     FormatError for values that are not finite, and scales that `dtype` does not reach.
     """
-    rows, cols = tile.shape
-    missing = -cols % size
-    padded = torch.nn.functional.pad(tile, (0, missing)) if missing else tile
-    groups = padded.reshape(rows, -1, size)
-    low, high = groups.aminmax(dim=-1)
-    require_finite(low)
-    require_finite(high)
-    low, high = low.clamp_max_(0), high.clamp_min_(0)
-    scale, zero = grid(low, high)
+    low, high = grid.ranges(tile, size)
+    scale, zero = scales(low, high)
     _require_reach(scale, dtype)
     if method == "mse":
+        decoded = grid.decode(tile)
+        padded = torch.nn.functional.pad(decoded, (0, -decoded.shape[1] % size))
+        groups = padded.unflatten(1, (-1, size))
 
         def restore(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
             stored = _store(scale, dtype)
-            codes = _codes(groups, scale, stored, zero).sub_(zero[..., None])
+            codes = (groups / _divisor(scale, stored)[..., None]).round_()
+            codes.add_(zero[..., None]).clamp_(0, MAX_CODE).sub_(zero[..., None])
             return codes.mul_(stored.to(torch.float32)[..., None])
 
-        scale, zero = search(groups, (grid(low * clip, high * clip) for clip in CLIPS), restore)
+        scale, zero = search(groups, (scales(low * clip, high * clip) for clip in CLIPS), restore)
     stored = _store(scale, dtype)
-    codes = _codes(groups, scale, stored, zero).to(torch.uint8).flatten(1)
-    return codes[:, :cols], stored, zero.to(torch.uint8)
-
-
-def dequantize_(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    index: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(code - zero) * scale in place: `codes` float32 [rows, cols], the others [rows, groups].
-
-    `zero` is None where it is subtracted already. `index` int64 [cols] is the group of each column;
-    None for groups that follow each other and have equal sizes.
-    """
-
-    def spread(of_group: torch.Tensor) -> torch.Tensor:
-        values = of_group.to(torch.float32)
-        return values[..., None] if index is None else values.index_select(1, index)
-
-    groups = codes.view(len(codes), scale.shape[1], -1) if index is None else codes
-    if zero is not None:
-        groups.sub_(spread(zero))
-    groups.mul_(spread(scale))
-    return codes
+    codes = grid.encode_with_zeros(tile, _divisor(scale, stored), zero, size)
+    return codes, stored, zero.to(torch.uint8)
 
 
 def stored_grid(
@@ -146,10 +121,7 @@ def _store(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return scale.clamp(info.tiny * info.eps, info.max).to(dtype)
 
 
-def _codes(
-    groups: torch.Tensor, scale: torch.Tensor, stored: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
+def _divisor(scale: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """What codes are chosen with."""
     kept = stored.to(torch.float32)
-    divisor = torch.where((kept - scale).abs() <= scale * 2**-11, scale, kept)
-    codes = groups / divisor[..., None]
-    return codes.round_().add_(zero[..., None]).clamp_(0, MAX_CODE)
+    return torch.where((kept - scale).abs() <= scale * 2**-11, scale, kept)

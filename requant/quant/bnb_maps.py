@@ -31,6 +31,15 @@ MAPS: dict[str, tuple[float, ...]] = {
 _CELLS = 512
 
 
+def middles(kind: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The points halfway between two values that follow each other, float32; the codes of the map
+    in the order of their values."""
+    values = torch.tensor(MAPS[kind])
+    order = values.argsort(stable=True)
+    middle = (values[order[:-1]] + values[order[1:]]) / 2
+    return tuple(middle.tolist()), tuple(order.tolist())
+
+
 def nearest(values: torch.Tensor, kind: str) -> torch.Tensor:
     """The codes [n] uint8 of the map's nearest values to `values` in -1..1; ties go down.
 
@@ -51,9 +60,8 @@ def _cell_tables(kind: str, device: torch.device) -> tuple[torch.Tensor, torch.T
     The cell of a threshold is found with the operations that find the cell of a value. Rounding is
     monotonic, so no value in a lower cell is above the threshold, and none in a higher one is not.
     """
-    values = torch.tensor(MAPS[kind])
-    order = values.argsort(stable=True)
-    middle = (values[order[:-1]] + values[order[1:]]) / 2
+    between, codes = middles(kind)
+    middle, order = torch.tensor(between), torch.tensor(codes)
     cell = (middle * _CELLS).add_(_CELLS).to(torch.int64)
     threshold = torch.full((2 * _CELLS + 1,), torch.inf)
     threshold[cell] = middle

@@ -118,9 +118,10 @@ class Tolerance:
 class Codes:
     """A tile taken apart, before any arithmetic: what a lossless repack moves.
 
-    `codes` [rows, cols]: int8 for "int8", uint8 0..15 for "int4" (stored code = value + 8, or +
-    zero point) and "e2m1" (bit 3 is the sign), float8_e4m3fn for "e4m3"; None where only scales
-    were read, to find out whether they can be kept.
+    `codes` are as `grid.encode` gives them: int8 or float8_e4m3fn [rows, cols], or uint8 [rows,
+    bytes] that hold two each, low nibble first, of "int4" (value + 8, or + zero point) in whole
+    words of eight, and of "e2m1" (bit 3 is the sign); None where only scales were read, to find out
+    whether they can be kept.
     `scale` [ceil(rows / block[0]), ceil(cols / block[1])], multipliers in the dtype as stored
     (uint8 exponents are float8_e8m0fnu here). `zero` uint8 0..15 of the same shape: the stored code
     that stands for 0, None for 8. `divisor` float32 []: value = code * scale / divisor (NVFP4).
@@ -175,8 +176,6 @@ class Codec(ABC):
     relocated: tuple[str, ...] = ()
     #: Whether `encode` needs a `summary` of the whole weight first.
     two_pass: bool = False
-    #: Whether `measure` looks for the largest magnitude only: the `amax` of a tile will do for it.
-    measures_amax: bool = False
     #: Whether `encode` leaves tiles as `tile` gives them, and takes little memory beside them and
     #: what is stored.
     lean: bool = False
@@ -199,7 +198,7 @@ class Codec(ABC):
         rows, cols = parts["weight"].shape
         return rows, cols
 
-    def measure(self, tile: torch.Tensor) -> torch.Tensor:
+    def measure(self, tile: Tile) -> torch.Tensor:
         """What one tile adds to the summary of its weight (two_pass formats)."""
         raise NotImplementedError
 
@@ -225,11 +224,6 @@ class Codec(ABC):
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """Decode the parts of one tile of `shape` into float32; a float32 weight is itself."""
         return grid.decode(self.tile(parts, shape))
-
-    def amax(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        """The largest magnitude that `decode` gives for the parts of one tile of `shape`, float32
-        [1]; not finite where a value is not."""
-        return grid.largest(self.tile(parts, shape))
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """The codes and scales of one tile of `shape`; `codes` None when their part is absent.

@@ -25,6 +25,7 @@ from requant.quant.codec import (
 )
 from requant.quant.e8m0 import e8m0_to_float32, exponent_bytes
 from requant.quant.grid import Tile
+from requant.quant.packing import unpack_nibbles
 
 E4M3_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
@@ -146,10 +147,11 @@ def upcast_e2m1(
     if bool((shift < _LOWEST_SHIFT).any()):
         lost = (shift < _LOWEST_SHIFT).repeat_interleave(group[0], 0)[: tile[0]]
         lost = lost.repeat_interleave(group[1], 1)[:, : tile[1]]
-        if bool((lost & ((codes.codes & 7) != 0)).any()):
+        if bool((lost & ((unpack_nibbles(codes.codes, tile[1]) & 7) != 0)).any()):
             raise FormatError("holds FP4 values near 2^-127 beside far larger ones; re-quantize it")
     factor = shift.clamp_min_(_LOWEST_SHIFT).to(torch.float32).exp2_()
-    return Codes("e4m3", grid.upcast_e2m1(codes.codes, factor, group), scale, block)
+    raised = grid.Coded("e2m1", codes.codes, factor, group, tile[1])
+    return Codes("e4m3", grid.encode("e4m3", raised, factor.new_ones(1, 1), (-1, -1)), scale, block)
 
 
 def _sides(block: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:

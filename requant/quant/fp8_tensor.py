@@ -73,7 +73,6 @@ class Fp8Tensor(Codec):
     alphabet = "e4m3"
     packs = frozenset[Alphabet](("e4m3",))
     two_pass = True
-    measures_amax = True
     #: vLLM re-quantizes fused weights to the largest of their scales: one scale spares them that.
     shares_summary = True
 
@@ -115,9 +114,9 @@ class Fp8Tensor(Codec):
             ),
         }
 
-    def measure(self, tile: torch.Tensor) -> torch.Tensor:
+    def measure(self, tile: Tile) -> torch.Tensor:
         """amax of the tile, [1]."""
-        return tile.abs().amax().reshape(1)
+        return grid.largest(tile)
 
     def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
         """amax of the weight, [1]."""

@@ -5,9 +5,9 @@ at a time on their way to what is asked for. On the CPU compiled loops do all th
 several times faster than torch can; on other devices, and where Numba is not installed, torch does.
 Both give the same bits.
 
-Codes are as they are stored: E4M3 and INT8 a byte each, INT4 (plus 8) and E2M1 two a byte, low
-nibble first. Scales are float32 [ceil(rows / block[0]), ceil(cols / block[1])], where a side of -1
-means all of it.
+Codes are as they are stored: E4M3 and INT8 a byte each, INT4 (plus 8, or its zero point) and E2M1
+two a byte, low nibble first, NF4 and FP4 high nibble first. Scales and zero points are float32
+[ceil(rows / block[0]), ceil(cols / block[1])], where a side of -1 means all of it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from requant.buffers import empty
 from requant.errors import FormatError
 from requant.quant.blocks import block_range, block_strips, reduce_columns
+from requant.quant.bnb_maps import nearest, pack_high_first, pair_table
 from requant.quant.compiled import array, loops_for
 from requant.quant.e2m1 import e2m1_bytes
 from requant.quant.packing import (
@@ -32,13 +33,13 @@ from requant.quant.packing import (
     row_major,
 )
 
-#: What codes are, before any scale: signed integers of 4 and 8 bits, and two small floats.
-#: Formats that share an alphabet can hand codes to each other.
-Alphabet = Literal["int4", "int8", "e4m3", "e2m1"]
+#: What codes are, before any scale: signed integers of 4 and 8 bits, two small floats, and
+#: bitsandbytes' maps. Formats that share an alphabet can hand codes to each other.
+Alphabet = Literal["int4", "int8", "e4m3", "e2m1", "nf4", "fp4"]
 
 _E4M3 = torch.float8_e4m3fn
 #: Alphabets of which a byte holds two codes.
-_PACKED = ("int4", "e2m1")
+_PACKED = ("int4", "e2m1", "nf4", "fp4")
 #: The bits of the smallest float32 that BF16 rounds to infinity.
 _BEYOND_BF16 = 0x7F7F8000
 _NOT_FINITE = "holds NaN or infinity, which no format can keep"
@@ -47,13 +48,15 @@ _NOT_FINITE = "holds NaN or infinity, which no format can keep"
 @dataclass(frozen=True)
 class Coded:
     """A tile of `cols` columns that is not decoded: codes [rows, cols], or packed [rows, bytes],
-    and their scales. Raises FormatError when they do not fit each other."""
+    their scales, and of INT4 the zero points 0..15, None for 8. Raises FormatError when they do not
+    fit each other."""
 
     alphabet: Alphabet
     codes: torch.Tensor
     scale: torch.Tensor
     block: tuple[int, int]
     cols: int
+    zero: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         most = self.codes.shape[1] * (2 if self.alphabet in _PACKED else 1)
@@ -63,6 +66,8 @@ class Coded:
                 "bytes"
             )
         _checked(self.scale, self.block, self.shape)
+        if self.zero is not None:
+            _checked(self.zero, self.block, self.shape)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,8 +84,8 @@ Tile = torch.Tensor | Coded
 
 
 def decode(tile: Tile) -> torch.Tensor:
-    """The tile as float32 [rows, cols], each product of code and scale rounded once; itself if that
-    is what it is."""
+    """The tile as float32 [rows, cols], each product of code (less its zero point) and scale
+    rounded once; itself if that is what it is."""
     if isinstance(tile, torch.Tensor) and tile.dtype == torch.float32:
         return tile
     loops = loops_for(tile)
@@ -90,7 +95,7 @@ def decode(tile: Tile) -> torch.Tensor:
         return decoded
     if isinstance(tile, torch.Tensor):
         return tile.to(torch.float32)
-    codes, scale = tile.codes, tile.scale
+    codes, scale, sides = tile.codes, tile.scale, _sides(tile.block, tile.shape)
     match tile.alphabet:
         case "e4m3":
             decoded, scale = e4m3_and_scale(codes, scale)
@@ -98,9 +103,16 @@ def decode(tile: Tile) -> torch.Tensor:
             decoded, scale = e2m1_and_scale(codes, scale)
         case "int4":
             decoded = centred_nibbles(codes)[:, : tile.cols].contiguous()
+            if tile.zero is not None:
+                for strip, row_zero in block_strips(decoded, tile.zero - 8, *sides):
+                    strip.sub_(row_zero)
         case "int8":
             decoded = codes.to(torch.float32)
-    for strip, row_scale in block_strips(decoded, scale, *_sides(tile.block, tile.shape)):
+        case "nf4" | "fp4":
+            index = codes.flatten().to(torch.int32)
+            pairs = pair_table(tile.alphabet, codes.device).index_select(0, index)
+            decoded = pairs.view(torch.float32).view(len(codes), -1)[:, : tile.cols].contiguous()
+    for strip, row_scale in block_strips(decoded, scale, *sides):
         strip.mul_(row_scale)
     return decoded
 
@@ -109,24 +121,25 @@ def encode(
     alphabet: Alphabet, tile: Tile, scale: torch.Tensor, block: tuple[int, int]
 ) -> torch.Tensor:
     """The codes nearest to a finite tile divided by these scales, ties to the even one; what lies
-    beyond the alphabet gets its last code.
+    beyond the alphabet gets its last code. Of "nf4" and "fp4", whose values are at most 1, the
+    nearest to the tile multiplied by `scale`, a tie to the lower one.
 
-    float8_e4m3fn or int8 [rows, cols]; packed, uint8 [rows, cols / 2] for "e2m1" and [rows,
-    4 * ceil(cols / 8)] for "int4", zero bits behind the last column.
+    float8_e4m3fn or int8 [rows, cols]; packed, uint8 [rows, cols / 2], for "int4" [rows,
+    4 * ceil(cols / 8)] with zero bits behind the last column.
     """
     rows, cols = _shape(tile)
     sides = _checked(scale, block, (rows, cols))
     loops = loops_for(tile)
     if loops is not None:
-        width = {"e2m1": cols // 2, "int4": -(-cols // 8) * 4}.get(alphabet, cols)
-        codes = empty((rows, width), torch.uint8)
+        codes = empty((rows, _width(alphabet, cols)), torch.uint8)
         kind = getattr(loops, alphabet.upper())
         loops.encode(_matrix(loops, tile), kind, array(scale), *sides, cols, array(codes))
         return codes.view({"e4m3": _E4M3, "int8": torch.int8}.get(alphabet, torch.uint8))
     quotient = decode(tile)
     quotient = quotient.clone() if quotient is tile else quotient
+    mapped = alphabet in ("nf4", "fp4")
     for strip, row_scale in block_strips(quotient, scale, *sides):
-        strip.div_(row_scale)
+        strip.mul_(row_scale) if mapped else strip.div_(row_scale)
     match alphabet:
         case "e4m3":
             return quotient.clamp_(-448, 448).to(_E4M3)
@@ -137,6 +150,36 @@ def encode(
             return pack_nibbles(stored).view(torch.uint8)
         case "int8":
             return quotient.clamp_(-128, 127).round_().to(torch.int8)
+        case "nf4" | "fp4":
+            return pack_high_first(nearest(quotient.flatten(), alphabet)).view(rows, -1)
+
+
+def encode_with_zeros(
+    tile: Tile, scale: torch.Tensor, zero: torch.Tensor, size: int, first: bool = False
+) -> torch.Tensor:
+    """INT4 codes 0..15 of a finite tile divided by scales, with zero points 0..15, both float32
+    [rows, ceil(cols / size)]: packed as `encode` does. A quotient is rounded to nearest even before
+    its zero point is added, `first` after that."""
+    rows, cols = _shape(tile)
+    block = (1, size)
+    sides = _checked(scale, block, (rows, cols))
+    _checked(zero, block, (rows, cols))
+    loops = loops_for(tile)
+    if loops is not None:
+        codes = empty((rows, _width("int4", cols)), torch.uint8)
+        grids = array(scale), array(zero)
+        loops.encode_with_zeros(_matrix(loops, tile), *grids, sides[1], first, cols, array(codes))
+        return codes
+    quotient = decode(tile)
+    quotient = quotient.clone() if quotient is tile else quotient
+    for strip, row_scale in block_strips(quotient, scale, *sides):
+        strip.div_(row_scale)
+    if not first:
+        quotient.round_()
+    for strip, row_zero in block_strips(quotient, zero - 8, *sides):
+        strip.add_(row_zero)
+    stored = quotient.clamp_(-8, 7).round_().add_(8).to(torch.uint8)
+    return pack_nibbles(stored).view(torch.uint8)
 
 
 def round_to_bf16(tile: Tile) -> tuple[torch.Tensor, bool]:
@@ -151,14 +194,6 @@ def round_to_bf16(tile: Tile) -> tuple[torch.Tensor, bool]:
     return rounded, largest < _BEYOND_BF16
 
 
-def upcast_e2m1(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """E2M1 codes, one a byte uint8 [rows, cols], times scales with which they are E4M3 values:
-    float8_e4m3fn of the same shape."""
-    packed = pack_nibbles(codes).view(torch.uint8)[:, : codes.shape[1] // 2]
-    tile = Coded("e2m1", packed, scale, block, codes.shape[1])
-    return encode("e4m3", tile, scale.new_ones(1, 1), (-1, -1))
-
-
 def amax(tile: Tile, block_cols: int = -1) -> torch.Tensor:
     """The largest magnitude of each run of columns: float32 [rows, ceil(cols / block_cols)]. Raises
     FormatError for NaN or infinity."""
@@ -166,6 +201,23 @@ def amax(tile: Tile, block_cols: int = -1) -> torch.Tensor:
     if not math.isfinite(most):
         raise FormatError(_NOT_FINITE)
     return found
+
+
+def ranges(tile: Tile, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest number of each run of `size` columns, as far as they are below and
+    above 0: twice float32 [rows, ceil(cols / size)]. Raises FormatError for NaN or infinity."""
+    rows, cols = shape = _shape(tile)
+    size = _sides((1, size), shape)[1]
+    loops = loops_for(tile)
+    if loops is None:
+        decoded = decode(tile)
+        low, high = -reduce_columns(-decoded, size), reduce_columns(decoded, size)
+    else:
+        low, high = (empty((rows, -(-cols // size))) for _ in range(2))
+        loops.ranges(_matrix(loops, tile), cols, size, array(low), array(high))
+    require_finite(low)
+    require_finite(high)
+    return low.clamp_max_(0), high.clamp_min_(0)
 
 
 def largest(tile: Tile) -> torch.Tensor:
@@ -220,10 +272,19 @@ def _matrix(loops: Any, tile: Tile) -> tuple[Any, ...]:
     """A tile as compiled loops take it."""
     if isinstance(tile, Coded):
         kind = getattr(loops, tile.alphabet.upper())
+        zero = _NONE if tile.zero is None else array(tile.zero)
         sides = _sides(tile.block, tile.shape)
-        return kind, array(tile.codes, torch.uint8), array(tile.scale), *sides
+        return kind, array(tile.codes, torch.uint8), array(tile.scale), zero, *sides
     kind = loops.BF16 if tile.dtype == torch.bfloat16 else loops.FP32
-    return kind, array(row_major(tile), torch.uint8), _NO_SCALE, *_sides((-1, -1), _shape(tile))
+    stored = array(row_major(tile), torch.uint8)
+    return kind, stored, _NONE, _NONE, *_sides((-1, -1), _shape(tile))
+
+
+def _width(alphabet: Alphabet, cols: int) -> int:
+    """The bytes of a row of codes."""
+    if alphabet == "int4":
+        return -(-cols // 8) * 4
+    return cols // 2 if alphabet in _PACKED else cols
 
 
 def _shape(tile: Tile) -> tuple[int, int]:
@@ -252,4 +313,4 @@ def _sides(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     return rows, cols
 
 
-_NO_SCALE = torch.zeros(1, 1).numpy()
+_NONE = torch.zeros(0, 0).numpy()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant import grid
 from requant.quant.codec import (
     FLOAT_SCALES,
     PLAIN_SCALES,
@@ -39,7 +38,7 @@ from requant.quant.integer import (
     quantize_asymmetric,
     quantize_symmetric,
 )
-from requant.quant.packing import centred_nibbles, pack_nibbles, row_major, unpack_nibbles
+from requant.quant.packing import pack_nibbles, row_major, unpack_nibbles
 
 #: What engines have kernels for, and messages suggest; other multiples of 8 are legal.
 GROUP_SIZES = (32, 64, 128)
@@ -112,7 +111,7 @@ class Int4(Codec):
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
         plain = self.method == "rtn" and self.arithmetic == "fp32"
-        return plain and self.symmetric and not self.act_order
+        return plain and not self.act_order
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
@@ -154,28 +153,22 @@ class Int4(Codec):
         if self.symmetric:
             packed, scale = quantize_symmetric(tile, self.group_size, 4, *how)
             return self._parts(packed.view(torch.int32), scale, None, shape)
-        groups = grid.decode(tile).unflatten(1, (-1, self._group(shape[1])))
-        codes, scale, zero = quantize_asymmetric(groups, 4, *how)
-        return self._parts(pack_nibbles(_stored(codes.flatten(1))), scale, _stored(zero), shape)
+        packed, scale, zero = quantize_asymmetric(tile, self.group_size, *how)
+        return self._parts(packed.view(torch.int32), scale, zero, shape)
 
     def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """(code - zero point) * scale: exact in float32 for BF16 and F16 scales."""
         rows, cols = shape
         codes, scale = parts["weight_packed"], parts["weight_scale"].to(torch.float32)
-        zero = self._zero(parts, rows)
-        if zero is None and not self.act_order:
-            packed = row_major(codes).view(torch.uint8)
-            return Coded("int4", packed, scale, (1, self.group_size), cols)
-        values = centred_nibbles(codes)[:, :cols].contiguous()
-        if self.act_order:
-            index = self._group_index(parts, cols)
-            if zero is not None:
-                values.sub_(zero.to(torch.float32).sub_(MIDDLE)[:, index])
-            return values.mul_(scale[:, index])
-        assert zero is not None
-        groups = values.view(rows, -1, self._group(cols))
-        groups.sub_(zero.to(torch.float32).sub_(MIDDLE)[..., None]).mul_(scale[..., None])
-        return values
+        packed, zero = row_major(codes).view(torch.uint8), self._zero(parts, rows)
+        if zero is not None:
+            zero = zero.to(torch.float32).contiguous()
+        if not self.act_order:
+            return Coded("int4", packed, scale, (1, self.group_size), cols, zero)
+        # As many groups as columns, of which each has one of its own.
+        index = self._group_index(parts, cols)
+        scale, zero = scale[:, index], None if zero is None else zero[:, index]
+        return Coded("int4", packed, scale, (1, 1), cols, zero)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """Stored codes, scales and zero points. Raises FormatError for true act-order."""
@@ -185,7 +178,7 @@ class Int4(Codec):
             if not torch.equal(self._group_index(parts, cols), in_order):
                 raise FormatError("act-order: the columns of a group are not adjacent")
         words, scale = parts.get("weight_packed"), parts["weight_scale"]
-        codes = None if words is None else unpack_nibbles(words, cols)
+        codes = None if words is None else row_major(words).view(torch.uint8)
         return Codes("int4", codes, scale, (1, size), self._zero(parts, len(scale)))
 
     def pack(self, codes: Codes, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -211,7 +204,7 @@ class Int4(Codec):
             zero = torch.full_like(scale, MIDDLE, dtype=torch.uint8)
         else:
             zero = refine_grid(dataclasses.replace(codes, scale=zero), block, tile, self.name)
-        words = None if codes.codes is None else pack_nibbles(codes.codes)
+        words = None if codes.codes is None else codes.codes.view(torch.int32)
         return self._parts(words, scale, zero, shape)
 
     def detect(
@@ -293,11 +286,6 @@ class Int4(Codec):
                 f"weight_g_idx names the group {low if low < 0 else high} of {groups}"
             )
         return index
-
-
-def _stored(codes: torch.Tensor) -> torch.Tensor:
-    """int8 -8..7, overwritten -> uint8 0..15."""
-    return codes.add_(MIDDLE).view(torch.uint8)
 
 
 def _stored_codec(parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Int4 | None:

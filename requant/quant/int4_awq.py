@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
+from requant.buffers import empty
 from requant.errors import FormatError
-from requant.quant import grid
 from requant.quant.affine import (
     CENTRE,
     MAX_CODE,
     SCALES,
-    dequantize_,
     dynamic_rules,
     quantize,
     scale_option,
@@ -43,8 +42,9 @@ from requant.quant.codec import (
     require_groups,
     scale_dtype,
 )
-from requant.quant.grid import Tile
-from requant.quant.packing import row_major
+from requant.quant.compiled import array, loops_for
+from requant.quant.grid import Coded, Tile
+from requant.quant.packing import pack_nibbles, row_major, turned, unpack_nibbles
 from requant.quant.search import METHODS
 
 GROUP_SIZES = (-1, 16, 32, 64, 128)
@@ -76,6 +76,11 @@ class Int4Awq(Codec):
         require_choice("scale", self.scale, SCALES)
         require_choice("method", self.method, METHODS)
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.method == "rtn"
+
     def row_alignment(self, cols: int) -> int:
         """Eight rows share a word; AutoAWQ packs four words at a time."""
         return ROW_MULTIPLE
@@ -105,19 +110,19 @@ class Int4Awq(Codec):
     ) -> dict[str, torch.Tensor]:
         """(max - min) / 15 per group, codes 0..15 around the zero point."""
         dtype = scale_dtype(self.scale)
-        codes, scale, zero = quantize(
-            grid.decode(tile), self._size(shape[1]), _grid, self.method, dtype
-        )
-        return {"qweight": pack_rows(codes), **_scale_parts(scale, zero)}
+        codes, scale, zero = quantize(tile, self._size(shape[1]), _scales, self.method, dtype)
+        return {"qweight": pack_rows(codes, shape[1]), **_scale_parts(scale, zero)}
 
     def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """(code - zero) * scale, exact in float32."""
-        codes = unpack_rows(parts["qweight"]).to(torch.float32)
-        return dequantize_(codes, parts["scales"].T, unpack_rows(parts["qzeros"]))
+        codes = unpack_rows(parts["qweight"])
+        scale = turned(parts["scales"].to(torch.float32))
+        zero = _zero_points(parts["qzeros"]).to(torch.float32)
+        return Coded("int4", codes, scale, (1, self._size(shape[1])), shape[1], zero)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """Codes and zero points in the order of the weight."""
-        words, zero = parts.get("qweight"), unpack_rows(parts["qzeros"])
+        words, zero = parts.get("qweight"), _zero_points(parts["qzeros"])
         return Codes(
             alphabet="int4",
             codes=None if words is None else unpack_rows(words),
@@ -131,7 +136,7 @@ class Int4Awq(Codec):
         if codes.alphabet != "int4":
             return super().pack(codes, shape)
         scale, zero = stored_grid(codes, self._size(shape[1]), shape, scale_dtype(self.scale))
-        parts = {} if codes.codes is None else {"qweight": pack_rows(codes.codes)}
+        parts = {} if codes.codes is None else {"qweight": pack_rows(codes.codes, shape[1])}
         return {**parts, **_scale_parts(scale, zero)}
 
     def detect(
@@ -171,29 +176,46 @@ class Int4Awq(Codec):
         return cols if self.group_size == -1 else self.group_size
 
 
-def pack_rows(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes 0..15 [rows, cols], rows a multiple of 8 -> AWQ's int32 words [cols, rows/8]."""
+def pack_rows(codes: torch.Tensor, cols: int) -> torch.Tensor:
+    """Codes as `grid.encode` packs them, of a multiple of 8 rows -> AWQ's int32 words [cols,
+    rows/8]."""
+    loops = loops_for(codes)
+    if loops is not None:
+        words = empty((cols, len(codes) // 8), torch.int32)
+        loops.awq_words(array(codes), array(words).view("u4"))
+        return words
     # Of eight rows, row 4h + 2p + q is in byte 2q + h, low nibble for p = 0.
-    eight = codes.reshape(-1, 2, 2, 2, codes.shape[1])
+    eight = unpack_nibbles(codes, cols).reshape(-1, 2, 2, 2, cols)
     pairs = eight[:, :, 0] | eight[:, :, 1] << 4
     word = torch.stack((pairs[:, 0, 0], pairs[:, 1, 0], pairs[:, 0, 1], pairs[:, 1, 1]), dim=2)
     return word.view(torch.int32)[..., 0].T.contiguous()
 
 
 def unpack_rows(words: torch.Tensor) -> torch.Tensor:
-    """AWQ's int32 words [cols, rows/8] -> uint8 codes 0..15 [rows, cols]: undoes `pack_rows`."""
+    """Undoes `pack_rows`: uint8 [rows, 4 * ceil(cols/8)]."""
     cols, count = words.shape
+    loops = loops_for(words)
+    if loops is not None:
+        codes = empty((8 * count, 4 * -(-cols // 8)), torch.uint8)
+        loops.awq_codes(array(words).view("u4"), array(codes))
+        return codes
     pairs = row_major(words.T).view(torch.uint8).view(count, cols, 2, 2).permute(0, 3, 2, 1)
     eight = torch.empty((count, 2, 2, 2, cols), dtype=torch.uint8, device=words.device)
     torch.bitwise_and(pairs, 0xF, out=eight[:, :, 0])
     torch.bitwise_right_shift(pairs, 4, out=eight[:, :, 1])
-    return eight.view(8 * count, cols)
+    return pack_nibbles(eight.view(8 * count, cols)).view(torch.uint8)
 
 
 def _scale_parts(scale: torch.Tensor, zero: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"qzeros": pack_rows(zero), "scales": scale.T.contiguous()}
+    zeros = pack_nibbles(zero).view(torch.uint8)
+    return {"qzeros": pack_rows(zeros, zero.shape[1]), "scales": turned(scale)}
 
 
-def _grid(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _zero_points(words: torch.Tensor) -> torch.Tensor:
+    """Stored words [groups, rows/8] -> zero points uint8 [rows, groups]."""
+    return unpack_nibbles(unpack_rows(words), len(words))
+
+
+def _scales(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = (high - low).clamp_min_(RANGE_FLOOR).div_(MAX_CODE)
     return scale, (low / scale).round_().neg_().clamp_(0, MAX_CODE)

@@ -22,12 +22,10 @@ from typing import Any
 import torch
 
 from requant.errors import FormatError
-from requant.quant import grid
 from requant.quant.affine import (
     CENTRE,
     MAX_CODE,
     SCALES,
-    dequantize_,
     dynamic_rules,
     quantize,
     scale_option,
@@ -45,8 +43,8 @@ from requant.quant.codec import (
     scale_dtype,
 )
 from requant.quant.cutting import relocate_groups
-from requant.quant.grid import Tile
-from requant.quant.packing import centred_nibbles, pack_nibbles, unpack_nibbles
+from requant.quant.grid import Coded, Tile
+from requant.quant.packing import pack_nibbles, turned, unpack_nibbles
 from requant.quant.search import METHODS
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -90,6 +88,11 @@ class Int4Gptq(Codec):
         """An order of columns takes calibration data."""
         return self.act_order
 
+    @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """What compiled loops do."""
+        return self.method == "rtn" and not self.act_order
+
     def row_alignment(self, cols: int) -> int:
         """Eight rows share a word of zero points."""
         return 8
@@ -114,22 +117,25 @@ class Int4Gptq(Codec):
         """2 amax / 15 or (max - min) / 15 per group, codes 0..15 around the zero point."""
         self._refuse_act_order()
         dtype = scale_dtype(self.scale)
-        codes, scale, zero = quantize(
-            grid.decode(tile), self._size(shape[1]), self._grid, self.method, dtype
-        )
-        return {"qweight": _pack_cols(codes), **self._scale_parts(scale, zero, shape[1])}
+        size = self._size(shape[1])
+        packed, scale, zero = quantize(tile, size, self._scales, self.method, dtype)
+        return {
+            "qweight": turned(packed.view(torch.int32)),
+            **self._scale_parts(scale, zero, shape[1]),
+        }
 
     def tile(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Tile:
         """(code - zero) * scale of the column's group, exact in float32."""
         rows, cols = shape
-        scale, zero = parts["scales"].T, self._zero_points(parts["qzeros"], rows)
+        scale = turned(parts["scales"].to(torch.float32))
+        zero = self._zero_points(parts["qzeros"], rows).to(torch.float32).contiguous()
         index = self._groups(parts["g_idx"], len(parts["scales"]))
-        regular = cols % self._size(cols) == 0 and self._is_regular(index)
-        centred = bool((zero == CENTRE).all())
-        tile = centred_nibbles(parts["qweight"].T)[:, :cols].contiguous()
-        if not centred:
-            tile.add_(CENTRE)
-        return dequantize_(tile, scale, None if centred else zero, None if regular else index)
+        codes, block = turned(parts["qweight"]).view(torch.uint8), (1, self._size(cols))
+        if self._is_regular(index):
+            return Coded("int4", codes, scale, block, cols, zero)
+        # As many groups as columns, of which each has one of its own.
+        zero, scale = zero.index_select(1, index), scale.index_select(1, index)
+        return Coded("int4", codes, scale, (1, 1), cols, zero)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """Codes in the order of the weight. Raises FormatError for act-order groups."""
@@ -142,7 +148,7 @@ class Int4Gptq(Codec):
         words, zero = parts.get("qweight"), self._zero_points(parts["qzeros"], rows)
         return Codes(
             alphabet="int4",
-            codes=None if words is None else unpack_nibbles(words.T, cols),
+            codes=None if words is None else turned(words).view(torch.uint8),
             scale=parts["scales"].T.contiguous(),
             block=(1, self._size(cols)),
             zero=zero if bool((zero != CENTRE).any()) else None,
@@ -165,7 +171,7 @@ class Int4Gptq(Codec):
                 "has zero points of 0, and version 1 stores zero points less one; "
                 f"use {self.name}[symmetric=false,version=2]"
             )
-        parts = {} if codes.codes is None else {"qweight": _pack_cols(codes.codes)}
+        parts = {} if codes.codes is None else {"qweight": turned(codes.codes.view(torch.int32))}
         return {**parts, **self._scale_parts(scale, zero, shape[1])}
 
     def detect(
@@ -229,7 +235,7 @@ class Int4Gptq(Codec):
     def _size(self, cols: int) -> int:
         return cols if self.group_size == -1 else self.group_size
 
-    def _grid(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scales(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
@@ -252,7 +258,7 @@ class Int4Gptq(Codec):
         index = torch.arange(cols, dtype=torch.int32, device=scale.device)
         return {
             "qzeros": words - ONES if self.version == 1 else words,
-            "scales": scale.T.contiguous(),
+            "scales": turned(scale),
             "g_idx": index.div_(self._size(cols), rounding_mode="floor"),
         }
 
@@ -278,8 +284,3 @@ class Int4Gptq(Codec):
                 "act_order=true is read, not written: requant has no calibration data to order "
                 "columns by; use act_order=false"
             )
-
-
-def _pack_cols(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes 0..15 [rows, cols] -> int32 words [ceil(cols/8), rows], low nibble first."""
-    return pack_nibbles(codes).T.contiguous()

@@ -19,7 +19,7 @@ import torch
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import FLOAT_SCALES, require_choice, scale_dtype
-from requant.quant.grid import Alphabet, Tile, require_finite
+from requant.quant.grid import Alphabet, Tile
 from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
@@ -85,29 +85,28 @@ def quantize_symmetric(
 
 
 def quantize_asymmetric(
-    groups: torch.Tensor,
-    bits: int,
+    tile: Tile,
+    group_size: int,
     arithmetic: str = "fp32",
     dtype: torch.dtype = torch.bfloat16,
     method: str = "rtn",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize along the last dim: [..., n] float32 -> (int8 codes [..., n], scales [...], int8
-    zero points [...]): value = (code - zero) * scale."""
+    """Quantize a tile [rows, cols] in groups of columns, -1 for whole rows: codes of 4 bits as
+    `grid.encode` gives them, scales and uint8 zero points 0..15 [rows, groups]."""
     if arithmetic == "bf16":
-        groups = groups.to(torch.bfloat16)
-    low, high = groups.amin(-1).clamp_max_(0), groups.amax(-1).clamp_min_(0)
-    require_finite(torch.stack((low, high)))
-    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        tile = grid.decode(tile).to(torch.bfloat16)
+    low, high = grid.ranges(tile, group_size)
+    precision = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    low, high = low.to(precision), high.to(precision)
 
     def parameters(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        step = (high - low) / (most - least)
-        rounded = step.to(dtype).to(groups.dtype)
-        zero = (least - low / rounded).clamp_(least, most).round_()
+        step = (high - low) / 15
+        zero = (-8 - low / step.to(dtype).to(precision)).clamp_(-8, 7).round_()
         return cast_scale(step, dtype), zero.nan_to_num_(0.0)  # a group of zeros: 0 / 0
 
     def quotient(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        shifted = (groups / scale.to(groups.dtype)[..., None]).add_(zero[..., None])
-        return shifted.clamp_(least, most)
+        shifted = (groups / scale.to(precision)[..., None]).add_(zero[..., None])
+        return shifted.clamp_(-8, 7)
 
     def restore(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         codes = quotient(groups, scale, zero).round_().sub_(zero[..., None])
@@ -117,11 +116,19 @@ def quantize_asymmetric(
         for below, above in _CLIP_PAIRS:
             yield parameters(low * below, high * above)
 
+    def groups() -> torch.Tensor:
+        return grid.decode(tile).to(precision).reshape(*low.shape, -1)
+
     scale, zero = parameters(low, high)
     if method == "mse":
-        scale, zero = search(groups, candidates(), restore)
-    codes = quotient(groups, scale, zero).to(torch.float32).round_().to(torch.int8)
-    return codes, scale, zero.to(torch.int8)
+        scale, zero = search(groups(), candidates(), restore)
+    step, stored = scale.to(torch.float32), zero.to(torch.float32) + 8
+    if arithmetic == "bf16":  # the sum, rounded before it becomes an integer
+        tile = quotient(groups(), scale, zero).to(torch.float32).flatten(1)
+        codes = grid.encode("int4", tile, torch.ones_like(step), (1, group_size))
+    else:
+        codes = grid.encode_with_zeros(tile, step, stored, group_size, first=True)
+    return codes, scale, stored.to(torch.uint8)
 
 
 def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,11 +5,12 @@ compiles a loop when it is first called, in a second or two, and keeps the machi
 for the next process. Every operation is an IEEE one of float32, none is fused or reordered: the
 results are those of grid.py's torch code, bit for bit.
 
-A matrix is `(kind, stored, scale, block_rows, block_cols)`: its rows as bytes [rows, bytes a row],
-the kind of numbers that they are, and a grid of float32 whose entry [i, j] is for rows i *
-block_rows on and columns j * block_cols on; the last blocks may be partial. Floats have no use for
-scales. Rows are decoded one at a time, into memory that stays in the processor's first cache, on
-their way to what is asked for.
+A matrix is `(kind, stored, scale, zero, block_rows, block_cols)`: its rows as bytes [rows, bytes a
+row], the kind of numbers that they are, and two grids of float32 whose entries [i, j] are for rows
+i * block_rows on and columns j * block_cols on; the last blocks may be partial. Floats have no use
+for scales, and only INT4 has one for zero points; an empty grid of them stands for 8. Rows are
+decoded one at a time, into memory that stays in the processor's first cache, on their way to what
+is asked for.
 
 Arrays are C-contiguous. Loops are over whole rows and free of branches, which lets LLVM use vector
 instructions: scales are spread over a row first, and integers are cast at every step as Numba would
@@ -28,20 +29,43 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from requant.quant.bnb_maps import MAPS, middles
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Matrix = tuple[int, Bytes, Floats, int, int]
+Matrix = tuple[int, Bytes, Floats, Floats, int, int]
 
 U8, U16, U32, F32 = np.uint8, np.uint16, np.uint32, np.float32
 
 #: Kinds of numbers: codes that scales multiply, and floats.
-E4M3, INT8, INT4, E2M1, BF16, FP32 = range(6)
+E4M3, INT8, INT4, E2M1, NF4, FP4, BF16, FP32 = range(8)
+
 
 #: All bits of a float32 but its sign.
 _MAGNITUDE = U32(0x7FFFFFFF)
 #: Beyond 2^23 float32 has no fractions: adding this rounds to nearest even, and leaves the integer
 #: in the low bits in two's complement.
 _ROUND = 1.5 * 2**23
+
+
+def _pairs(values: tuple[float, ...]) -> npt.NDArray[np.uint64]:
+    """Of each byte the values of its high nibble and then its low one, as 64 bits."""
+    byte = np.arange(256)
+    return np.array(values, F32)[np.stack((byte >> 4, byte & 15), 1)].view(np.uint64)[:, 0]
+
+
+def _codes(order: tuple[int, ...]) -> Bytes:
+    """Of each byte, two ranks, the byte of their codes."""
+    codes, byte = np.array(order, U8), np.arange(256)
+    pairs: Bytes = codes[byte >> 4] << U8(4) | codes[byte & 15]
+    return pairs
+
+
+#: bitsandbytes' values, constants of the compiled code: what lies between two that follow each
+#: other, and the codes that they have in this order.
+_NF4_PAIRS, _FP4_PAIRS = _pairs(MAPS["nf4"]), _pairs(MAPS["fp4"])
+(_NF4_MIDDLES, _), (_FP4_MIDDLES, _FP4_ORDER) = middles("nf4"), middles("fp4")
+_FP4_CODES = _codes(_FP4_ORDER)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -204,18 +228,82 @@ def pack(codes: Bytes, packed: Bytes) -> None:
 
 
 @_compiled
+def pack_high(codes: Bytes, packed: Bytes) -> None:
+    """Flat: like `pack`, the first code high."""
+    pairs = codes.view(U16)
+    for i in range(packed.shape[0]):
+        packed[i] = U8(U16(U16(pairs[i] << U16(4)) | U16(pairs[i] >> U16(8))))
+
+
+@_compiled
+def awq_words(codes: Bytes, words: npt.NDArray[np.uint32]) -> None:
+    """Rows of codes, two a byte, to AWQ's words [cols, rows / 8]: of eight rows, row 2i + h is
+    nibble 4h + i."""
+    cols, eights = words.shape
+    low, high = np.empty(codes.shape[1], U32), np.empty(codes.shape[1], U32)
+    for eight in range(eights):
+        low[:] = 0
+        high[:] = 0
+        for k in range(8):
+            row, shift = codes[8 * eight + k], U32(4 * (4 * (k % 2) + k // 2))
+            for i in range(row.shape[0]):
+                low[i] |= U32(U32(row[i] & U8(15)) << shift)
+                high[i] |= U32(U32(row[i] >> U8(4)) << shift)
+        for i in range(cols // 2):
+            words[2 * i, eight], words[2 * i + 1, eight] = low[i], high[i]
+        if cols % 2:
+            words[cols - 1, eight] = low[cols // 2]
+
+
+@_compiled
+def awq_codes(words: npt.NDArray[np.uint32], codes: Bytes) -> None:
+    """Undoes `awq_words`; codes behind the last column are 0."""
+    cols, eights = words.shape
+    low, high = np.zeros(codes.shape[1], U32), np.zeros(codes.shape[1], U32)
+    for eight in range(eights):
+        for i in range(cols // 2):
+            low[i], high[i] = words[2 * i, eight], words[2 * i + 1, eight]
+        if cols % 2:
+            low[cols // 2] = words[cols - 1, eight]
+        for k in range(8):
+            row, shift = codes[8 * eight + k], U32(4 * (4 * (k % 2) + k // 2))
+            for i in range(row.shape[0]):
+                first, second = U32(low[i] >> shift), U32(high[i] >> shift)
+                row[i] = U8(U32(first & U32(15)) | U32(U32(second & U32(15)) << U32(4)))
+
+
+@_compiled
+def _nf4_rank(value: Any) -> Any:
+    """How many of the points between NF4's values lie below a float32: its code."""
+    rank = U32(0)
+    for middle in _NF4_MIDDLES:
+        rank = U32(rank + U32(value > F32(middle)))
+    return U8(rank)
+
+
+@_compiled
+def _fp4_rank(value: Any) -> Any:
+    """How many of the points between FP4's values lie below a float32."""
+    rank = U32(0)
+    for middle in _FP4_MIDDLES:
+        rank = U32(rank + U32(value > F32(middle)))
+    return U8(rank)
+
+
+@_compiled
 def _scratch(matrix: Matrix, cols: int) -> Any:
-    """What `_row` needs: floats of a row, the factors of its codes, and room for codes that lie two
-    in a byte."""
-    return np.empty(cols, F32), np.empty(cols, F32), np.empty(2 * matrix[1].shape[1], U8)
+    """What `_row` needs: floats of a row, the factors and zero points of its codes, and room for
+    codes that lie two in a byte."""
+    zeros = np.full(cols if matrix[0] == INT4 else 0, 8, F32)
+    return np.empty(cols, F32), np.empty(cols, F32), zeros, np.empty(2 * matrix[1].shape[1], U8)
 
 
 @_compiled
 def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
     """Row r as floats: in the scratch, or where it lies if it is float32. Rows come in order, as
     factors are kept from one to the next."""
-    kind, rows, scale, block_rows, block_cols = matrix
-    out, factors, codes = scratch
+    kind, rows, scale, zero, block_rows, block_cols = matrix
+    out, factors, zeros, codes = scratch
     stored = rows[r]
     if kind == FP32:
         return stored.view(F32)
@@ -226,6 +314,8 @@ def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
         return out
     if r % block_rows == 0:
         _spread(scale[r // block_rows], block_cols, factors)
+        if kind == INT4 and zero.size:
+            _spread(zero[r // block_rows], block_cols, zeros)
     if kind == E4M3:
         for i in range(out.shape[0]):
             out[i] = _e4m3_value(stored[i]) * factors[i]
@@ -235,7 +325,13 @@ def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
     elif kind == INT4:
         unpack(stored, codes)
         for i in range(out.shape[0]):
-            out[i] = F32(np.int32(np.int32(codes[i]) - np.int32(8))) * factors[i]
+            out[i] = (F32(np.int32(codes[i])) - zeros[i]) * factors[i]
+    elif kind == NF4 or kind == FP4:
+        values, wide = _NF4_PAIRS if kind == NF4 else _FP4_PAIRS, out.view(np.uint64)
+        for i in range(stored.shape[0]):
+            wide[i] = values[stored[i]]
+        for i in range(out.shape[0]):
+            out[i] *= factors[i]
     else:
         unpack(stored, codes)
         for i in range(out.shape[0]):
@@ -246,15 +342,16 @@ def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
 @_compiled
 def decode(matrix: Matrix, out: Floats) -> None:
     """The matrix, which is not float32 yet, as float32 [rows, cols]."""
-    _, factors, codes = _scratch(matrix, out.shape[1])
+    _, factors, zeros, codes = _scratch(matrix, out.shape[1])
     for r in range(out.shape[0]):
-        _row(matrix, r, (out[r], factors, codes))
+        _row(matrix, r, (out[r], factors, zeros, codes))
 
 
 @_compiled
 def _encode_row(kind: int, row: Floats, divisors: Floats, codes: Bytes, out: Bytes) -> None:
-    """The codes nearest to a row divided by `divisors`. `codes` is overwritten with those that lie
-    two in a byte; what `out` has beyond them becomes what it holds there."""
+    """The codes nearest to a row divided by `divisors`, to one multiplied by them for NF4 and FP4.
+    `codes` is overwritten with those that lie two in a byte; what `out` has beyond them becomes
+    what it holds there."""
     if kind == E4M3:
         for i in range(row.shape[0]):
             out[i] = _e4m3_code(row[i] / divisors[i])
@@ -265,6 +362,16 @@ def _encode_row(kind: int, row: Floats, divisors: Floats, codes: Bytes, out: Byt
         for i in range(row.shape[0]):
             codes[i] = _integer(row[i] / divisors[i], -8, 7, 8)
         pack(codes, out)
+    elif kind == NF4:
+        for i in range(row.shape[0]):
+            codes[i] = _nf4_rank(row[i] * divisors[i])
+        pack_high(codes, out)
+    elif kind == FP4:
+        for i in range(row.shape[0]):
+            codes[i] = _fp4_rank(row[i] * divisors[i])
+        pack_high(codes, out)
+        for i in range(out.shape[0]):
+            out[i] = _FP4_CODES[out[i]]
     else:
         for i in range(row.shape[0]):
             codes[i] = _e2m1_code(row[i] / divisors[i])
@@ -292,6 +399,30 @@ def encode(
 
 
 @_compiled
+def encode_with_zeros(
+    matrix: Matrix, divisor: Floats, zero: Floats, size: int, first: bool, cols: int, out: Bytes
+) -> None:
+    """Like `encode` to INT4 in groups of `size` columns, each with a zero point 0..15, which is
+    added to quotients `first`, or to what they are rounded to."""
+    scratch = _scratch(matrix, cols)
+    divisors, zeros = np.empty(cols, F32), np.empty(cols, F32)
+    codes = np.zeros(2 * out.shape[1], U8)
+    for r in range(out.shape[0]):
+        _spread(divisor[r], size, divisors)
+        _spread(zero[r], size, zeros)
+        row = _row(matrix, r, scratch)
+        if first:
+            for i in range(cols):
+                codes[i] = _integer(row[i] / divisors[i] + (zeros[i] - F32(8)), -8, 7, 8)
+        else:
+            for i in range(cols):
+                quotient = max(row[i] / divisors[i], F32(0) - zeros[i])
+                rounded = _bits(min(quotient, F32(15) - zeros[i]) + F32(_ROUND))
+                codes[i] = U8(U32(rounded + _bits(zeros[i] + F32(_ROUND))))
+        pack(codes, out[r])
+
+
+@_compiled
 def encode_bf16(matrix: Matrix, out: npt.NDArray[np.uint16]) -> Any:
     """The bits of [rows, cols] rounded to BF16, a tie to the even one; returns those of the
     largest magnitude before, of NaN or infinity when it holds any."""
@@ -313,7 +444,7 @@ def differences(
 ) -> None:
     """By how many ulps the magnitudes of [rows, cols] exceed those of codes: the least and the most
     in each of the codes' blocks, or 0. Signs are the same."""
-    _, codes, _, block_rows, block_cols = other
+    _, codes, _, _, block_rows, block_cols = other
     cols = codes.shape[1]
     scratch, other_scratch = _scratch(matrix, cols), _scratch(other, cols)
     low[:] = 0
@@ -344,6 +475,31 @@ def peaks(matrix: Matrix, block_rows: int, out: Floats) -> None:
 
 
 @_compiled
+def ranges(matrix: Matrix, cols: int, size: int, low: Floats, high: Floats) -> None:
+    """[rows, cols] -> twice [rows, ceil(cols / size)]: the least and the largest number of each run
+    of columns; NaN is less or more than all else."""
+    scratch = _scratch(matrix, cols)
+    least, most = low.view(np.int32), high.view(np.int32)
+    ordered = np.empty(cols, np.int32)
+    for r in range(low.shape[0]):
+        bits = _row(matrix, r, scratch).view(np.int32)
+        for i in range(cols):
+            ordered[i] = _in_order(bits[i])
+        for run in range(low.shape[1]):
+            part = ordered[run * size : min((run + 1) * size, cols)]
+            down, up = part[0], part[0]
+            for i in range(part.shape[0]):
+                down, up = min(down, part[i]), max(up, part[i])
+            least[r, run], most[r, run] = _in_order(down), _in_order(up)
+
+
+@_compiled
+def _in_order(bits: Any) -> Any:
+    """The bits of a float32 as an integer that is in the order of floats, and back."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@_compiled
 def amax(matrix: Matrix, cols: int, size: int, out: Floats) -> Any:
     """[rows, cols] -> [rows, ceil(cols / size)]: the largest magnitude of each run of columns; NaN
     counts as larger than all else. Returns the bits of the largest of all.
@@ -351,7 +507,7 @@ def amax(matrix: Matrix, cols: int, size: int, out: Floats) -> Any:
     Of codes that are in the order of their values, and share a scale, the largest is looked for
     before it is decoded.
     """
-    kind, stored, scale, block_rows, block_cols = matrix
+    kind, stored, scale, _, block_rows, block_cols = matrix
     most = out.view(U32)
     step = min(size, block_cols)
     ordered = kind == BF16 or kind == E4M3 or (kind == E2M1 and step % 2 == 0)
@@ -366,7 +522,7 @@ def amax(matrix: Matrix, cols: int, size: int, out: Floats) -> Any:
     factors, products = np.empty(runs, F32), np.empty(runs, F32)
     for r in range(most.shape[0]):
         row = stored[r]
-        if kind < BF16 and r % block_rows == 0:
+        if kind != BF16 and r % block_rows == 0:
             _spread(scale[r // block_rows], block_cols // step, factors)
         if kind == BF16:
             _amax_row(row.view(U16), step, largest_bits)

@@ -44,7 +44,6 @@ from requant.quant.e8m0 import (
     require_exponents,
 )
 from requant.quant.grid import Alphabet, Coded, Tile
-from requant.quant.packing import pack_nibbles, unpack_nibbles
 from requant.quant.search import METHODS, search
 
 GROUP = 32
@@ -155,13 +154,13 @@ class Mxfp4(Codec):
         return Coded("e2m1", parts[codes].flatten(1), scale, (1, GROUP), shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
-        """The codes one by one, the exponents as they are. Raises FormatError for the byte 255."""
+        """Codes and exponents as they are. Raises FormatError for the byte 255."""
         codes, exponents, _ = _CONTAINERS[self.container]
         require_exponents(parts[exponents])
         packed = parts.get(codes)
         return Codes(
             "e2m1",
-            None if packed is None else unpack_nibbles(packed.flatten(1), shape[1]),
+            None if packed is None else packed.flatten(1).view(torch.uint8),
             parts[exponents].contiguous().view(torch.float8_e8m0fnu),
             (1, GROUP),
         )
@@ -179,8 +178,7 @@ class Mxfp4(Codec):
             )
         scale = refine_grid(codes, (1, GROUP), codes.tile_shape(shape), self.name)
         exponents = exact_cast(scale, torch.float8_e8m0fnu).view(torch.uint8)
-        packed = None if codes.codes is None else pack_nibbles(codes.codes).view(torch.uint8)
-        return self._parts(packed, exponents)
+        return self._parts(codes.codes, exponents)
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None

@@ -19,10 +19,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from requant.buffers import empty
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.bnb_maps import (
@@ -31,7 +32,6 @@ from requant.quant.bnb_maps import (
     dynamic_map,
     nearest,
     pack_high_first,
-    pair_table,
     quantize_absmax,
 )
 from requant.quant.codec import (
@@ -41,7 +41,7 @@ from requant.quant.codec import (
     check_specs,
     require_choice,
 )
-from requant.quant.grid import Tile, require_finite
+from requant.quant.grid import Coded, Tile
 
 BLOCK_SIZES = (64, 32, 128, 256, 512, 1024, 2048, 4096)
 #: What the quant_state calls the dtype that the weight had.
@@ -71,15 +71,16 @@ class BitsAndBytes(Codec):
     loaded_by = "transformers, vLLM, SGLang"
     checked_against = "bitsandbytes, transformers"
     quant_method = "bitsandbytes"
+    lean = True
 
     def __post_init__(self) -> None:
         require_choice("blocksize", self.blocksize, sorted(BLOCK_SIZES))
         require_choice("dtype", self.dtype, list(DTYPES))
 
     @property
-    def kind(self) -> str:
-        """`nf4` or `fp4`."""
-        return self.name.removeprefix("bnb-")
+    def kind(self) -> Literal["nf4", "fp4"]:
+        """The map."""
+        return "nf4" if self.name == "nf4" else "fp4"
 
     @property
     def summary(self) -> str:  # type: ignore[override]
@@ -149,13 +150,14 @@ class BitsAndBytes(Codec):
             ) from None
         return rows, cols
 
-    def measure(self, tile: torch.Tensor) -> torch.Tensor:
+    def measure(self, tile: Tile) -> torch.Tensor:
         """The absmax of the tile's blocks."""
-        return self._absmax(tile.reshape(-1)).cpu()
+        return self._absmax(*self._blocks(tile)).cpu()
 
     def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
         """The mean of absmax: one float32 sum over all of it, in torch's order on a CPU."""
-        mean = torch.cat(list(measured)).mean()
+        whole = empty((sum(map(len, measured)),))
+        mean = torch.cat(list(measured), out=whole).mean()
         if not bool(torch.isfinite(mean)):
             raise FormatError(
                 "the sum of its blocks' absmax is beyond float32; use double_quant=false"
@@ -166,10 +168,10 @@ class BitsAndBytes(Codec):
         self, tile: Tile, shape: tuple[int, int], summary: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """The nearest value of the map to weight / absmax, ties to the lower one."""
-        flat = grid.decode(tile).reshape(-1)
-        absmax = self._absmax(flat)
+        blocks, rest = self._blocks(tile)
+        absmax = self._absmax(blocks, rest)
         parts = {
-            "weight": pack_high_first(nearest(self._normalize(flat, absmax), self.kind))[:, None],
+            "weight": self._codes(blocks, rest, absmax)[:, None],
             "weight.absmax": absmax,
             "weight.quant_map": torch.tensor(MAPS[self.kind]),
         }
@@ -191,15 +193,15 @@ class BitsAndBytes(Codec):
             scales = parts["weight.nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(absmax)]
             content = bytes(parts[self.state_part].cpu().numpy())
             absmax = values.mul_(scales).add_(_read_state(content)["nested_offset"])
-        count = math.prod(shape)
-        index = parts["weight"].flatten().to(torch.int32)
-        pairs = pair_table(self.kind, index.device).index_select(0, index)
-        flat = pairs.view(torch.float32)[:count]
-        whole = count // self.blocksize
-        blocks = flat[: whole * self.blocksize].view(whole, self.blocksize)
-        blocks.mul_(absmax[:whole, None])
-        flat[whole * self.blocksize :].mul_(absmax[whole:])
-        return flat.view(shape)
+        rows, cols = shape
+        codes, block = parts["weight"], (1, self.blocksize)
+        if cols % self.blocksize == 0:
+            scale = absmax.view(rows, cols // self.blocksize)
+            return Coded(self.kind, codes.view(rows, cols // 2), scale, block, cols)
+        missing = len(absmax) * self.blocksize // 2 - len(codes)
+        codes = torch.nn.functional.pad(codes.flatten(), (0, missing)).view(len(absmax), -1)
+        decoded = grid.decode(Coded(self.kind, codes, absmax[:, None], block, self.blocksize))
+        return decoded.flatten()[: rows * cols].view(rows, cols)
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
@@ -312,32 +314,35 @@ class BitsAndBytes(Codec):
         text = json.dumps(state | {"nested_offset": offset})
         return text.ljust(len(longest)).encode()
 
-    def _absmax(self, flat: torch.Tensor) -> torch.Tensor:
-        """[n] -> [ceil(n / blocksize)], all of them finite."""
-        whole = len(flat) // self.blocksize
-        absmax = flat.new_empty(-(-len(flat) // self.blocksize))
-        blocks = flat[: whole * self.blocksize].view(whole, self.blocksize)
-        torch.amax(blocks.abs(), 1, out=absmax[:whole])
-        if whole < len(absmax):
-            rest = flat[whole * self.blocksize :]
-            torch.clamp(rest.abs().amax(0, keepdim=True), min=_AMAX_FLOOR, out=absmax[whole:])
-        require_finite(absmax)
-        return absmax
+    def _blocks(self, tile: Tile) -> tuple[Tile, torch.Tensor]:
+        """The same numbers in rows of whole blocks, and float32 [n] of the short last one."""
+        if tile.shape[1] % self.blocksize == 0:
+            return tile, torch.empty(0, device=tile.device)
+        flat = grid.decode(tile).reshape(-1)
+        whole = flat[: len(flat) // self.blocksize * self.blocksize]
+        return whole.view(-1, self.blocksize), flat[len(whole) :]
 
-    def _normalize(self, flat: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        """Weight / absmax, [n] padded to an even length with zero.
+    def _absmax(self, blocks: Tile, rest: torch.Tensor) -> torch.Tensor:
+        """That of each block, [n], all of them finite."""
+        absmax = grid.amax(blocks, self.blocksize).flatten()
+        if not rest.numel():
+            return absmax
+        short = grid.amax(rest[None]).flatten().clamp_min_(_AMAX_FLOOR)
+        return torch.cat((absmax, short))
+
+    def _codes(self, blocks: Tile, rest: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """The codes nearest to numbers over their block's absmax, two a byte [n].
 
         As bitsandbytes rounds: a product with the reciprocal, but a quotient in a short last block.
         """
-        whole = len(flat) // self.blocksize
-        end = whole * self.blocksize
-        out = flat.new_empty(len(flat) + len(flat) % 2)
-        reciprocal = absmax[:whole].clamp_min(_AMAX_FLOOR).reciprocal_()
-        blocks = flat[:end].view(whole, self.blocksize)
-        torch.mul(blocks, reciprocal[:, None], out=out[:end].view(whole, self.blocksize))
-        torch.div(flat[end:], absmax[whole:], out=out[end : len(flat)])
-        out[len(flat) :] = 0.0
-        return out
+        size = self.blocksize
+        reciprocal = absmax[: len(absmax) - bool(rest.numel())].clamp_min(_AMAX_FLOOR).reciprocal_()
+        factors = reciprocal.view(blocks.shape[0], blocks.shape[1] // size)
+        codes = grid.encode(self.kind, blocks, factors, (1, size)).flatten()
+        if not rest.numel():
+            return codes
+        quotient = torch.nn.functional.pad(rest / absmax[-1], (0, len(rest) % 2))
+        return torch.cat((codes, pack_high_first(nearest(quotient, self.kind))))
 
 
 def _read_state(content: bytes) -> dict[str, Any]:

@@ -41,8 +41,6 @@ from requant.quant.e4m3 import E4M3_MAX
 from requant.quant.grid import Alphabet, Coded, Tile, require_finite
 from requant.quant.packing import (
     e4m3_to_float32,
-    pack_nibbles,
-    unpack_nibbles,
 )
 from requant.quant.search import METHODS, search
 
@@ -76,7 +74,6 @@ class Nvfp4(Codec):
     alphabet = "e2m1"
     packs = frozenset[Alphabet](("e2m1",))
     two_pass = True
-    measures_amax = True
     shares_summary = True
 
     def __post_init__(self) -> None:
@@ -114,9 +111,9 @@ class Nvfp4(Codec):
         rows, groups = parts["weight_scale"].shape
         return rows, groups * GROUP
 
-    def measure(self, tile: torch.Tensor) -> torch.Tensor:
+    def measure(self, tile: Tile) -> torch.Tensor:
         """The tile's amax, float32 [1]. Raises FormatError for NaN or infinity."""
-        amax = tile.abs().amax().reshape(1)
+        amax = grid.largest(tile)
         require_finite(amax)
         return self._round(amax)
 
@@ -131,7 +128,7 @@ class Nvfp4(Codec):
         global); in ModelOpt's container with its own order of operations."""
         if self.arithmetic == "bf16":
             tile = self._round(grid.decode(tile))
-        whole = self.summarize([self.measure(grid.largest(tile))]) if summary is None else summary
+        whole = self.summarize([self.measure(tile)]) if summary is None else summary
         local, scale = self._scales(grid.amax(tile, GROUP), whole)
         if self.method == "mse":
             local = self._search(grid.decode(tile).unflatten(1, (-1, GROUP)), local, whole)
@@ -146,18 +143,18 @@ class Nvfp4(Codec):
         return Coded("e2m1", parts[codes], scale, (1, GROUP), shape[1])
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
-        """The codes one by one and the local scales as they are; the divisor is compressed-tensors'
+        """The codes and the local scales as they are; the divisor is compressed-tensors'
         global scale, or the reciprocal of ModelOpt's, rounded to float32.
 
         Raises FormatError for a scale that is no number.
         """
         codes, local, whole, _ = _CONTAINERS[self.container]
-        packed, scale = parts.get(codes), parts[local]
+        scale = parts[local]
         if scale.numel() and int((scale.view(torch.uint8) & 0x7F).amax()) == 0x7F:
             raise FormatError(f"{local} holds NaN; the weight is damaged")
         return Codes(
             "e2m1",
-            None if packed is None else unpack_nibbles(packed, shape[1]),
+            parts.get(codes),
             scale,
             (1, GROUP),
             divisor=self._divisor(self._checked(parts[whole])),
@@ -180,8 +177,7 @@ class Nvfp4(Codec):
             )
         scale = refine_grid(codes, (1, GROUP), codes.tile_shape(shape), self.name)
         local = exact_cast(scale, torch.float8_e4m3fn)
-        packed = None if codes.codes is None else pack_nibbles(codes.codes).view(torch.uint8)
-        return self._parts(packed, local, self._divisor(codes.divisor))
+        return self._parts(codes.codes, local, self._divisor(codes.divisor))
 
     def detect(
         self, parts: Mapping[str, TensorSpec], config: Mapping[str, Any] | None

@@ -22,6 +22,14 @@ def row_major(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1))
 
 
+def turned(matrix: torch.Tensor) -> torch.Tensor:
+    """The transpose [cols, rows], row after row in memory."""
+    if matrix.device.type != "cpu":
+        return row_major(matrix.T)
+    rows, cols = matrix.shape
+    return empty((cols, rows), matrix.dtype).copy_(matrix.T)
+
+
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes 0..15 [rows, cols] -> int32 words [rows, ceil(cols/8)], zero-padded."""
     missing = -codes.shape[1] % 8
@@ -37,7 +45,8 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_nibbles(words: torch.Tensor, cols: int) -> torch.Tensor:
-    """int32 words [rows, ceil(cols/8)] -> uint8 codes 0..15 [rows, cols]: undoes `pack_nibbles`."""
+    """int32 words [rows, ceil(cols/8)], or their bytes, -> uint8 codes 0..15 [rows, cols]: undoes
+    `pack_nibbles`."""
     pairs = row_major(words).view(torch.uint8)
     loops = loops_for(words)
     if loops is not None:

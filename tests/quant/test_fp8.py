@@ -22,6 +22,7 @@ from requant.quant.fp8_block import AMAX_FLOOR, Fp8Block
 from requant.quant.fp8_channel import Fp8Channel
 from requant.quant.fp8_tensor import Fp8Tensor
 from requant.quant.mxfp8 import Mxfp8
+from requant.quant.packing import unpack_nibbles
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -593,7 +594,7 @@ def test_transformers_loads_the_checkpoint(text: str, llama: Any, tmp_path: Path
 def fp4(rows: int, cols: int, low: int, high: int, seed: int = 0) -> Codes:
     """Random FP4 codes with E8M0 exponents from `low` to `high`, both present in every block."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (rows, cols), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 256, (rows, cols // 2), generator=generator, dtype=torch.uint8)
     grid = (rows, -(-cols // 32))
     exponent = torch.randint(low, high + 1, grid, generator=generator, dtype=torch.uint8)
     exponent[0::2], exponent[1::2] = low, high
@@ -602,16 +603,15 @@ def fp4(rows: int, cols: int, low: int, high: int, seed: int = 0) -> Codes:
 
 def fp4_values(codes: Codes) -> torch.Tensor:
     assert codes.codes is not None
-    shape = (codes.codes.shape[0], codes.codes.shape[1])
-    return E2M1[codes.codes.long()] * expand(codes.scale, (1, 32), shape)
+    shape = (codes.codes.shape[0], 2 * codes.codes.shape[1])
+    return E2M1[unpack_nibbles(codes.codes, shape[1]).long()] * expand(codes.scale, (1, 32), shape)
 
 
 def test_upcast_is_deepseeks(same: Any) -> None:
     """The reference's FP8 codes and E8M0 scales of the same FP4 weight; -0 stays -0."""
     tensors = load_file(VECTORS / "deepseek_v4_fp4_128x256.safetensors")
     packed = tensors["stored.weight"].view(torch.uint8)
-    nibbles = torch.stack((packed & 0xF, packed >> 4), 2).flatten(1)
-    codes = Codes("e2m1", nibbles, tensors["stored.scale"], (1, 32))
+    codes = Codes("e2m1", packed, tensors["stored.scale"], (1, 32))
     v4 = parse_format("fp8-block[scale=e8m0,container=deepseek-v4]")
     parts = v4.pack(codes, (128, 256))
     assert same(parts["weight"], tensors["upcast.weight"])

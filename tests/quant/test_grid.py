@@ -12,8 +12,10 @@ import torch
 
 from requant.errors import FormatError
 from requant.quant import CODECS, Codec, compiled, format_name, grid, loops
+from requant.quant.bnb_maps import MAPS, middles
 from requant.quant.e8m0 import RULES, e8m0_to_float32, exponent_bytes
 from requant.quant.grid import Alphabet
+from requant.quant.packing import pack_nibbles
 
 ALPHABETS: tuple[Alphabet, ...] = ("e4m3", "e2m1", "int4", "int8")
 SHAPES = [(1, 16), (7, 96), (128, 256), (130, 320)]
@@ -53,7 +55,7 @@ def coded(
     cols: int | None = None,
 ) -> grid.Coded:
     """A tile that is not decoded."""
-    width = codes.shape[1] * (2 if alphabet in ("int4", "e2m1") else 1)
+    width = codes.shape[1] * (1 if alphabet in ("e4m3", "int8") else 2)
     return grid.Coded(alphabet, codes, scale, block, width if cols is None else cols)
 
 
@@ -71,6 +73,8 @@ def values_of(alphabet: Alphabet) -> torch.Tensor:
             return torch.arange(-8.0, 8.0)
         case "int8":
             return torch.arange(-128.0, 128.0)
+        case "nf4" | "fp4":
+            return torch.tensor(MAPS[alphabet]).sort().values
 
 
 def wild(shape: tuple[int, int], seed: int) -> torch.Tensor:
@@ -149,6 +153,85 @@ def test_every_byte_is_decoded_as_torch_does(alphabet: Alphabet, by_torch: Any, 
         assert found.isnan().any() == (alphabet == "e4m3")
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_maps(kind: Alphabet, shape: tuple[int, int], by_torch: Any, same: Any) -> None:
+    """Of every value, every point between two, what is beside it, and much else: the nearest, as
+    far as float32 has the point between."""
+    values = torch.tensor(MAPS[kind])
+    between, _ = middles(kind)
+    exact = torch.cat((values, torch.tensor(between)))
+    infinity = torch.tensor(torch.inf)
+    near = torch.cat((exact, exact.nextafter(infinity), exact.nextafter(-infinity))).clamp(-1, 1)
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.rand(shape, generator=generator) * 2 - 1
+    count = min(len(near), tile.numel())
+    tile.view(-1)[:count] = near[:count]
+    scale = scales(shape, (1, 16), 3)
+    factors, wide = 1 / scale, tile * scale.repeat_interleave(16, 1)
+    for given, factor in ((tile, torch.ones(1, 1)), (wide, factors)):
+        block = (1, 16) if factor is factors else (-1, -1)
+        codes = grid.encode(kind, given, factor, block)
+        assert codes.dtype == torch.uint8 and codes.shape == (shape[0], shape[1] // 2)
+        assert same(codes, by_torch(grid.encode, kind, given, factor, block))
+        decoded = decode(kind, codes, scale, (1, 16))
+        assert same(decoded, by_torch(decode, kind, codes, scale, (1, 16)))
+    codes = grid.encode(kind, tile, torch.ones(1, 1), (-1, -1))
+    decoded = decode(kind, codes, torch.ones(1, 1), (-1, -1)).double()
+    distance = (tile.double()[..., None] - values.double()).abs()
+    assert bool(((tile - decoded).abs() <= distance.amin(2) + 2.0**-24).all())
+    assert codes[0, 0] >> 4 == 0  # the first value's code, in the high nibble
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 40)])
+@pytest.mark.parametrize("size", [16, 32, -1])
+def test_zero_points(
+    first: bool, shape: tuple[int, int], size: int, by_torch: Any, same: Any
+) -> None:
+    """Quotients at and beside ties, with zero points odd and even, added before or after rounding;
+    and back."""
+    generator = torch.Generator().manual_seed(1)
+    halves = torch.randint(-60, 61, shape, generator=generator) / 2
+    beside = torch.randint(-1, 2, shape, generator=generator) * 2.0**-22
+    scale = scales(shape, (1, size), -5)
+    zero = torch.randint(0, 16, scale.shape, generator=generator).to(torch.float32)
+    width = size if size > 0 else shape[1]
+    spread, zeros = (g.repeat_interleave(width, 1)[:, : shape[1]] for g in (scale, zero))
+    for step in (torch.ones_like(scale), scale):
+        tile = (halves + beside) * (spread if step is scale else 1)
+        codes = grid.encode_with_zeros(tile, step, zero, size, first)
+        assert same(codes, by_torch(grid.encode_with_zeros, tile, step, zero, size, first))
+        quotient = tile / step.repeat_interleave(width, 1)[:, : shape[1]]
+        number = ((quotient + (zeros - 8)).round() + 8) if first else quotient.round() + zeros
+        number = number.clamp(0, 15)
+        held = grid.Coded("int4", codes, step, (1, size), shape[1], zero)
+        expected = (number - zeros) * step.repeat_interleave(width, 1)[:, : shape[1]]
+        assert torch.equal(grid.decode(held), expected)
+        assert same(grid.decode(held), by_torch(grid.decode, held))
+        assert torch.equal(grid.largest(held), expected.abs().amax().reshape(1))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 33), (3, 1)])
+@pytest.mark.parametrize("size", [1, 8, 100, -1])
+def test_ranges(shape: tuple[int, int], size: int, by_torch: Any, same: Any) -> None:
+    """Of runs of any length and sign, zero in them all; NaN and infinity are refused."""
+    tile = wild(shape, 6)
+    for given in (tile, tile.abs(), -tile.abs()):
+        runs = given.split(size if size > 0 else shape[1], dim=1)
+        low, high = grid.ranges(given, size)
+        assert torch.equal(low, torch.stack([run.amin(1).clamp_max(0) for run in runs], 1))
+        assert torch.equal(high, torch.stack([run.amax(1).clamp_min(0) for run in runs], 1))
+        for found, expected in zip(by_torch(grid.ranges, given, size), (low, high), strict=True):
+            assert torch.equal(found, expected)
+    for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        tile[-1, -1] = value
+        with pytest.raises(FormatError, match="NaN or infinity"):
+            grid.ranges(tile, size)
+        with pytest.raises(FormatError, match="NaN or infinity"):
+            by_torch(grid.ranges, tile, size)
+
+
 @pytest.mark.parametrize("cols", [8, 12, 17])
 def test_int4_of_any_width(cols: int, by_torch: Any, same: Any) -> None:
     """The last word is filled up with zero bits."""
@@ -164,8 +247,9 @@ def test_upcast(by_torch: Any, same: Any) -> None:
     """Every E2M1 code times every power of two with which it is an E4M3 value."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(15)[None]
     scale = torch.arange(-8.0, 7.0).exp2()[None]
-    wide = grid.upcast_e2m1(codes, scale, (1, 16))
-    assert same(wide, by_torch(grid.upcast_e2m1, codes, scale, (1, 16)))
+    narrow = coded("e2m1", pack_nibbles(codes).view(torch.uint8), scale, (1, 16))
+    wide = grid.encode("e4m3", narrow, torch.ones(1, 1), (-1, -1))
+    assert same(wide, by_torch(grid.encode, "e4m3", narrow, torch.ones(1, 1), (-1, -1)))
     values = values_of("e2m1")[7:]
     expected = torch.cat((values, -values)).repeat(15) * scale[0].repeat_interleave(16)
     assert torch.equal(wide.to(torch.float32)[0], expected)
@@ -296,8 +380,8 @@ def test_formats_are_the_same_without_numba(codec: Codec, by_torch: Any, same: A
         decoded = codec.decode(parts, shape)
         assert same(decoded, by_torch(codec.decode, parts, shape))
         assert same(
-            codec.amax(parts, shape),
-            by_torch(codec.amax, parts, shape),
+            grid.largest(codec.tile(parts, shape)),
+            by_torch(grid.largest, codec.tile(parts, shape)),
         )
 
 
@@ -323,5 +407,9 @@ def test_scales_that_do_not_fit_are_refused(shape: tuple[int, int]) -> None:
         coded("e4m3", codes.view(torch.float8_e4m3fn), torch.ones(shape), (128, 128))
     with pytest.raises(FormatError, match="expected float32"):
         grid.encode("int8", tile, torch.ones(2, 2, dtype=torch.float64), (128, 128))
+    with pytest.raises(FormatError, match=r"expected float32 \[200, 8\]"):
+        grid.encode_with_zeros(tile, torch.ones(200, 8), torch.ones(200, 4), 32)
+    with pytest.raises(FormatError, match=r"expected float32 \[200, 1\]"):
+        grid.Coded("int4", codes, torch.ones(200, 1), (1, -1), 512, torch.ones(2, 1))
     with pytest.raises(FormatError, match="513 columns of e2m1 do not fit into 256 bytes"):
         decode("e2m1", codes, torch.ones(200, 1), (1, -1), 513)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from requant.errors import FormatError
-from requant.quant import detect_format, parse_format
+from requant.quant import compiled, detect_format, parse_format
 from requant.quant.codec import Codes, TensorSpec
 from requant.quant.int4_awq import Int4Awq, pack_rows, unpack_rows
+from requant.quant.packing import pack_nibbles, unpack_nibbles
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 #: Row 8c + ORDER[i] of the weight is nibble i of word c.
@@ -92,18 +93,28 @@ def test_groups_of_one_sign_are_not_clipped() -> None:
 
 def test_rows_are_packed_in_autoawqs_order() -> None:
     codes = torch.arange(8, dtype=torch.uint8)[:, None]
-    assert pack_rows(codes).tolist() == [[0x75316420]]
-    assert torch.equal(unpack_rows(pack_rows(codes)), codes)
+    packed = pack_nibbles(codes).view(torch.uint8)
+    assert pack_rows(packed, 1).tolist() == [[0x75316420]]
+    assert torch.equal(unpack_rows(pack_rows(packed, 1)), packed)
 
 
 @quick
-@given(words=st.integers(1, 5), cols=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
-def test_packing_loses_nothing(words: int, cols: int, seed: int) -> None:
+@given(
+    words=st.integers(1, 5),
+    cols=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    numba=st.booleans(),
+)
+def test_packing_loses_nothing(words: int, cols: int, seed: int, numba: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (8 * words, cols), generator=generator, dtype=torch.uint8)
-    packed = pack_rows(codes)
-    assert packed.shape == (cols, words) and packed.dtype == torch.int32
-    assert torch.equal(unpack_rows(packed), codes)
+    nibbles = pack_nibbles(codes).view(torch.uint8)
+    with pytest.MonkeyPatch.context() as patched:
+        if not numba:
+            patched.setattr(compiled, "_loops", lambda: None)
+        packed = pack_rows(nibbles, cols)
+        assert packed.shape == (cols, words) and packed.dtype == torch.int32
+        assert torch.equal(unpack_rows(packed), nibbles)
     for nibble, row in enumerate(ORDER):
         assert torch.equal(packed >> 4 * nibble & 0xF, codes[row::8].T.to(torch.int32))
 
@@ -198,7 +209,8 @@ def test_codes_come_out_and_go_in_unchanged(weight: Any, same: Any) -> None:
     parts = codec.encode(weight(*shape) + 0.1, shape)
     codes = codec.unpack(parts, shape)
     assert codes.codes is not None and codes.zero is not None
-    value = codes.codes.to(torch.float32) - codes.zero.to(torch.float32).repeat_interleave(32, 1)
+    value = unpack_nibbles(codes.codes, 96).to(torch.float32)
+    value -= codes.zero.to(torch.float32).repeat_interleave(32, 1)
     value *= codes.scale.to(torch.float32).repeat_interleave(32, 1)
     assert same(value, codec.decode(parts, shape))
     again = codec.pack(codes, shape)

@@ -16,7 +16,7 @@ from requant.quant import detect_format, parse_format
 from requant.quant.codec import Codes, TensorSpec
 from requant.quant.int4_awq import Int4Awq
 from requant.quant.int4_gptq import Int4Gptq
-from requant.quant.packing import unpack_nibbles
+from requant.quant.packing import pack_nibbles, unpack_nibbles
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 ONES = 0x11111111
@@ -194,7 +194,7 @@ def test_any_order_of_groups_decodes(weight: Any, same: Any) -> None:
     codec, shape = Int4Gptq(32, symmetric=False), (16, 96)
     parts = codec.encode(weight(*shape), shape)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
-    codes = unpack_nibbles(parts["qweight"].T, 96)[:, order]
+    codes = pack_nibbles(unpack_nibbles(parts["qweight"].T, 96)[:, order]).view(torch.uint8)
     packed = Int4Gptq(32).pack(Codes("int4", codes, torch.ones(16, 3), (1, 32)), shape)
     shuffled = {**parts, "qweight": packed["qweight"], "g_idx": parts["g_idx"][order]}
     assert same(codec.decode(shuffled, shape), codec.decode(parts, shape)[:, order].contiguous())

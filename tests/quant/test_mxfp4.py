@@ -19,6 +19,7 @@ from requant.quant.codec import Codes, TensorSpec
 from requant.quant.e2m1 import E2M1_VALUES, e2m1_bytes, e2m1_to_float32, round_to_e2m1
 from requant.quant.e8m0 import e8m0_reciprocal, e8m0_to_float32, exponent_bytes
 from requant.quant.mxfp4 import Mxfp4
+from requant.quant.packing import unpack_nibbles
 from tests.quant.test_quant_properties import Case, cases, quick
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -270,7 +271,7 @@ def test_containers_hold_the_same(source: str, target: str, same: Any) -> None:
     shape = (40, 224)
     parts = random_parts(reader, *shape)
     codes = reader.unpack(parts, shape)
-    assert codes.codes is not None and codes.codes.dtype == torch.uint8 and codes.codes.max() == 15
+    assert codes.codes is not None and codes.codes.dtype == torch.uint8
     written = writer.pack(codes, shape)
     expected = random_parts(writer, *shape)
     assert list(written) == list(expected)
@@ -286,13 +287,13 @@ def test_unpacked_codes_and_scales_are_the_value(weight: Any) -> None:
     parts = codec.encode(weight(*shape), shape)
     codes = codec.unpack(parts, shape)
     assert codes.codes is not None and codes.block == (1, 32) and codes.divisor is None
-    values = torch.tensor(E2M1_VALUES)[codes.codes.long()]
+    values = torch.tensor(E2M1_VALUES)[unpack_nibbles(codes.codes, 96).long()]
     scale = codes.scale.to(torch.float32).repeat_interleave(32, dim=1)
     assert torch.equal(values * scale, codec.decode(parts, shape))
 
 
 def test_wider_groups_and_other_dtypes_of_powers_of_two_are_taken() -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(2, 128) & 0xF
+    codes = torch.arange(128, dtype=torch.uint8).view(2, 64)
     scale = torch.tensor([[0.5, 4.0], [1.0, 2.0**-120]])
     parts = Mxfp4().pack(Codes("e2m1", codes, scale, (1, 64)), (2, 128))
     assert parts["weight_scale"].tolist() == [[126, 126, 129, 129], [127, 127, 7, 7]]

@@ -18,6 +18,7 @@ from requant.quant.codec import Codes, TensorSpec
 from requant.quant.e2m1 import E2M1_VALUES
 from requant.quant.mxfp4 import Mxfp4
 from requant.quant.nvfp4 import Nvfp4
+from requant.quant.packing import unpack_nibbles
 from tests.quant.test_quant_properties import Case, cases, quick, significand_step
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -237,7 +238,7 @@ def test_the_same_container_is_repeated(text: str, weight: Any) -> None:
     codes = codec.unpack(tile, (16, 144))
     assert codes.codes is not None and codes.block == (1, 16) and codes.divisor is not None
     assert codes.divisor.shape == () and codes.divisor.dtype == torch.float32
-    values = torch.tensor(E2M1_VALUES, dtype=torch.float64)[codes.codes.long()]
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float64)[unpack_nibbles(codes.codes, 144).long()]
     scale = (codes.scale.double() / codes.divisor.double()).repeat_interleave(16, dim=1)
     assert torch.allclose(values * scale, codec.decode(tile, (16, 144)).double(), rtol=2.0**-22)
 
