@@ -11,14 +11,17 @@ import torch
 
 #: The sizes of memory that is kept for the next tensor, powers of two in bytes.
 _LEAST, _MOST = 12, 24
+#: Of each size so many bytes are kept, but that many buffers at least.
+_KEPT_BYTES, _KEPT = 1 << 24, 8
 
 
 class Buffers:
     """Page-aligned memory of one size that is used again: touching fresh pages takes longer than
     reading a disk."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
+    def __init__(self, nbytes: int, most: float = math.inf) -> None:
+        """Keep `most` pieces of memory that came back; the system gets the others."""
+        self._nbytes, self._most = nbytes, most
         self._free: list[mmap.mmap] = []
 
     def take(self, count: int = -1, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -29,11 +32,18 @@ class Buffers:
         except IndexError:
             memory = mmap.mmap(-1, self._nbytes)
         lent = (ctypes.c_ubyte * self._nbytes).from_buffer(memory)
-        weakref.finalize(lent, self._free.append, memory)
+        weakref.finalize(lent, self._keep, memory)
         return torch.frombuffer(lent, dtype=dtype, count=count)
 
+    def _keep(self, memory: mmap.mmap) -> None:
+        if len(self._free) < self._most:
+            self._free.append(memory)
 
-_BUFFERS = {power: Buffers(1 << power) for power in range(_LEAST, _MOST + 1)}
+
+_BUFFERS = {
+    power: Buffers(1 << power, max(_KEPT_BYTES >> power, _KEPT))
+    for power in range(_LEAST, _MOST + 1)
+}
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -23,6 +23,16 @@ def test_a_buffer_comes_back_when_nothing_views_it() -> None:
     assert buffers.take().data_ptr() == place
 
 
+def test_no_more_are_kept_than_told() -> None:
+    buffers = Buffers(4096, 2)
+    held = [buffers.take() for _ in range(5)]
+    places = {tensor.data_ptr() for tensor in held}
+    held.clear()
+    again = [buffers.take() for _ in range(2)]
+    assert {tensor.data_ptr() for tensor in again} <= places
+    assert not buffers._free
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (1024, 1024), (0, 4), (1 << 23,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16])
 def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
