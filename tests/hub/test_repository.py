@@ -244,7 +244,8 @@ def test_wrong_bytes_of_scales_within_the_file(hub: HubServer, out: Path, source
 def test_wrong_bytes_borrowed_from_another_file_are_refused_in_the_end(
     disk: int | None, hub: HubServer, out: Path, source: Source, local: Local
 ) -> None:
-    """They went into a finished file: nothing but another start helps."""
+    """They went into a finished file: nothing but another start helps. Where the other file's pass
+    noticed them before that one was finished, the next run is right."""
     scale = next(
         part.location
         for weight in Checkpoint.open(source("fp8-block")).weights.values()
@@ -256,7 +257,12 @@ def test_wrong_bytes_borrowed_from_another_file_are_refused_in_the_end(
     more = [] if disk is None else ["--disk", disk]
     told = []
     while "start over" not in (told or [""])[-1]:
-        told.append(refused("convert", REPO, out, "--to", "bf16", *more))
+        result = invoke("convert", REPO, out, "--to", "bf16", *more)
+        if told and result.exit_code == 0:
+            assert outcome(out) == local()
+            return
+        assert result.exit_code == 2, result.output
+        told.append(result.stderr)
         assert len(told) < 4 and nothing_looks_complete(out)
     assert f"{FILES[1]}: bytes from {index * CHUNK} on came differently" in told[-1]
     assert "with --overwrite" in refused("convert", REPO, out, "--to", "bf16", *more)
