@@ -40,7 +40,6 @@ U8, U16, U32, F32 = np.uint8, np.uint16, np.uint32, np.float32
 #: Kinds of numbers: codes that scales multiply, and floats.
 E4M3, INT8, INT4, E2M1, NF4, FP4, BF16, FP32 = range(8)
 
-
 #: All bits of a float32 but its sign.
 _MAGNITUDE = U32(0x7FFFFFFF)
 #: Beyond 2^23 float32 has no fractions: adding this rounds to nearest even, and leaves the integer
@@ -328,7 +327,7 @@ def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
             out[i] = (F32(np.int32(codes[i])) - zeros[i]) * factors[i]
     elif kind == NF4 or kind == FP4:
         values, wide = _NF4_PAIRS if kind == NF4 else _FP4_PAIRS, out.view(np.uint64)
-        for i in range(stored.shape[0]):
+        for i in range(wide.shape[0]):
             wide[i] = values[stored[i]]
         for i in range(out.shape[0]):
             out[i] *= factors[i]
