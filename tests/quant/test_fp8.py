@@ -689,6 +689,19 @@ def test_exponents_at_the_bottom_stay_exact() -> None:
     assert torch.equal(Fp8Block(scale="e8m0").decode(parts, (128, 128)).double(), values)
 
 
+def test_groups_with_the_byte_0_are_zeros_or_refused() -> None:
+    """The second group of 32 columns: of its values, the last one decides."""
+    codes = fp4(128, 128, 120, 120)
+    assert codes.codes is not None
+    codes.scale.view(torch.uint8)[3, 1] = 0
+    codes.codes[3, 16:32] = 0x80  # zeros of both signs
+    parts = Fp8Block().pack(codes, (128, 128))
+    assert torch.equal(Fp8Block().decode(parts, (128, 128)), fp4_values(codes))
+    codes.codes[3, 31] = 0x10
+    with pytest.raises(FormatError, match=says("near 2^-127 beside far larger ones")):
+        Fp8Block().pack(codes, (128, 128))
+
+
 def test_fp4_that_cannot_become_fp8() -> None:
     nan = fp4(2, 64, 120, 120)
     nan.scale.view(torch.uint8)[1, 1] = 255
