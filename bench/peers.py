@@ -1,6 +1,6 @@
 """Measure `requant convert` against other tools, on the same files in the same run.
 
-python bench/peers.py [--size-gb 4] [--dir DIR] [--python PYTHON] [--only TEXT] [--json]
+python bench/peers.py [--size-gb 8] [--dir DIR] [--python PYTHON] [--only TEXT] [--json]
 
 --python: the interpreter whose packages are compared with (they ask for other versions of torch
 than requant; an environment of their own serves). A tool that is not installed there is left out.
@@ -86,7 +86,7 @@ class Result:
 
 def main() -> None:
     """Parse, measure, print."""
-    parser = options_parser(__doc__, size_gb=4)
+    parser = options_parser(__doc__, size_gb=8)
     parser.add_argument("--python", default=sys.executable, help="the peers' interpreter")
     parser.add_argument("--only", default="", help="pairs whose text, `bf16 -> int4`, holds this")
     options = parser.parse_args()
