@@ -158,8 +158,8 @@ def encode_with_zeros(
     tile: Tile, scale: torch.Tensor, zero: torch.Tensor, size: int, first: bool = False
 ) -> torch.Tensor:
     """INT4 codes 0..15 of a finite tile divided by scales, with zero points 0..15, both float32
-    [rows, ceil(cols / size)]: packed as `encode` does. A quotient is rounded to nearest even before
-    its zero point is added, `first` after that."""
+    [rows, ceil(cols / size)]: packed as `encode` does. Quotients are rounded to nearest even, and
+    zero points are added to them: `first`, or after that."""
     rows, cols = _shape(tile)
     block = (1, size)
     sides = _checked(scale, block, (rows, cols))
