@@ -210,7 +210,7 @@ def open_rank(
     if differ:
         name, own = min(differ), layout.folders[rank]
         lacks = RANKS_NAME if name in weights else own
-        raise CheckpointError(f"{path / own}: {name} is not in {lacks}")
+        raise CheckpointError(f"{path / own}: {name!r} is not in {lacks}")
     return dataclasses.replace(checkpoint, weights=weights)
 
 
