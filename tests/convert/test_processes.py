@@ -156,7 +156,10 @@ def more_than(count: int, out: Path) -> bool:
 
 def recorded(out: Path) -> dict[str, int]:
     """The weight files that journals know, and when each was written."""
-    text = "".join(path.read_text() for path in out.glob(".requant-journal*.jsonl"))
+    try:
+        text = "".join(path.read_text() for path in out.glob(".requant-journal*.jsonl"))
+    except FileNotFoundError:  # the first process has taken a journal over; its own knows all of it
+        return recorded(out)
     return {name: time for name, time in weights(out).items() if f'"{name}"' in text}
 
 

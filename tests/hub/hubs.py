@@ -21,7 +21,7 @@ import requant.hub.retries as retries
 import requant.hub.spool as spool
 from requant.cli import app
 from requant.convert.journal import STAGING_NAME
-from tests.hub.faults import Fault, Faults, Request
+from tests.hub.faults import Corrupt, Fault, Faults, Request
 from tests.hub.server import HubServer, reached
 
 REPO = "org/model"
@@ -121,23 +121,30 @@ def in_chunk(file: str, index: int, fault: Fault, times: int = 1) -> Faults:
     return get
 
 
+def corrupt_until(finished: Path, file: str, at: int) -> Faults:
+    """Invert a byte of a file in each answer that has it, until the file `finished` is there."""
+
+    def get(request: Request) -> Fault | None:
+        if request.file != f"{REPO}/{file}" or not request.nbytes or finished.exists():
+            return None
+        begin = first_byte(request) if request.range else 0
+        return Corrupt(at - begin) if begin <= at < begin + request.nbytes else None
+
+    return get
+
+
 def staged_bytes(at: Path) -> int | None:
     """Bytes of the source on the disk, whole or not; None if they changed while we looked."""
-    before = _chunks(at)
-    total = 0
-    for path in before:
-        try:
-            total += path.stat().st_size
-        except OSError:
-            return None
-    return total if _chunks(at) == before else None
+    try:
+        before = _chunks(at)
+        total = sum(path.stat().st_size for path in before)
+        return total if _chunks(at) == before else None
+    except OSError:  # a file or a folder that is gone
+        return None
 
 
 def _chunks(at: Path) -> list[Path]:
-    try:
-        return sorted(p for p in at.rglob("*") if p.suffix != ".sha256" and not p.is_dir())
-    except OSError:
-        return []
+    return sorted(p for p in at.rglob("*") if p.suffix != ".sha256" and not p.is_dir())
 
 
 @contextlib.contextmanager
