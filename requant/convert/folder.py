@@ -33,6 +33,8 @@ TRACE_NAME = ".requant-download.jsonl"
 REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 #: Longest JSON file that is read: the index of a million tensors.
 MAX_JSON_BYTES = 100_000_000
+#: Levels of a JSON file that makes sense.
+MAX_JSON_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,12 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for found in children for child in found if isinstance(child, dict | list)]
+    if level:  # json may take what recursive functions cannot copy
+        raise CheckpointError(f"{path}: nested deeper than {MAX_JSON_DEPTH} levels")
     return value
 
 

@@ -99,6 +99,9 @@ def read_layout(where: Path | Folder) -> Layout | None:
         texts += [text for table in layout.tables for text in (*table, *table.values())]
         if not all(isinstance(text, str) for text in texts) or not ranks:
             raise TypeError("names and pieces are strings")
+        if not "".join(texts).isprintable():
+            strange = next(text for text in texts if not text.isprintable())
+            raise TypeError(f"unprintable characters in {strange!a}")
         ways = (layout.parallel.tp, layout.parallel.ep, layout.parallel.pp)
         if not all(type(number) is int and number > 0 for number in ways):
             raise TypeError("tp, ep and pp are numbers from 1")
@@ -210,7 +213,7 @@ def open_rank(
     if differ:
         name, own = min(differ), layout.folders[rank]
         lacks = RANKS_NAME if name in weights else own
-        raise CheckpointError(f"{path / own}: {name!r} is not in {lacks}")
+        raise CheckpointError(f"{path / own}: {name} is not in {lacks}")
     return dataclasses.replace(checkpoint, weights=weights)
 
 

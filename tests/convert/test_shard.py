@@ -223,7 +223,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda d: d["ranks"][0]["weights"].update({"lm_head.weight": "some"}), "'some' is none of"),
     "a weight less": (lambda d: d["ranks"][0]["weights"].pop("lm_head.weight"), "is not in ranks"),
     "a weight of two lines": (
-        lambda d: d["ranks"][0]["weights"].update({" \n": "all"}), r"' \\n' is not in rank-000"),
+        lambda d: d["ranks"][0]["weights"].update({" \n": "all"}), r"characters in ' \\n'"),
     "another version": (lambda d: d.update(version=9), "version 9, this requant reads 1"),
     "a way out": (lambda d: d["ranks"][0].update(folder="../elsewhere"), "no name of a file or"),
     "no table": (lambda d: d.update(ranks=[1]), "not what `requant shard` writes"),

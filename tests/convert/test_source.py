@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from requant.convert.folder import INDEX_NAME, SINGLE_NAME
+from requant.convert.folder import INDEX_NAME, SINGLE_NAME, read_json
 from requant.convert.source import Checkpoint
 from requant.errors import CheckpointError, FormatError, RequantError
 from tests.helpers import CONFIG, LINEAR, decode, load, make_source, same, write_checkpoint
@@ -258,3 +258,15 @@ def test_empty_matrices_are_copied_not_read_as_weights(tmp_path: Path) -> None:
     tensors = {f"{Q_PROJ}.weight": torch.empty(0, 4), "a.weight": torch.empty(4, 0)}
     weights = Checkpoint.open(write_checkpoint(tmp_path / "m", tensors, CONFIG)).weights
     assert all(weight.codec is None for weight in weights.values())
+
+
+def test_json_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    """What json still reads, and recursive functions would not survive."""
+    path = tmp_path / "config.json"
+    for depth, fits in ((64, True), (65, False), (700, False)):
+        path.write_text('{"a":' * depth + "1" + "}" * depth)
+        if fits:
+            read_json(path, "")
+            continue
+        with pytest.raises(CheckpointError, match="config.json: nested deeper than 64 levels"):
+            read_json(path, "")
