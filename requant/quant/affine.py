@@ -19,7 +19,7 @@ import torch
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import LEAVE, PLAIN_SCALES, Codes, exact_cast, refine_grid
-from requant.quant.grid import Tile
+from requant.quant.grid import Coded, Tile
 from requant.quant.search import CLIPS, search
 
 #: The largest code; the code that stands for 0 in symmetric data.
@@ -44,21 +44,17 @@ def quantize(
     low, high = grid.ranges(tile, size)
     scale, zero = scales(low, high)
     _require_reach(scale, dtype)
+
+    def store(scale: torch.Tensor, zero: torch.Tensor) -> Coded:
+        stored = _store(scale, dtype)
+        codes = grid.encode_with_zeros(tile, _divisor(scale, stored), zero, size)
+        return Coded("int4", codes, stored.to(torch.float32), (1, size), tile.shape[1], zero)
+
     if method == "mse":
-        decoded = grid.decode(tile)
-        padded = torch.nn.functional.pad(decoded, (0, -decoded.shape[1] % size))
-        groups = padded.unflatten(1, (-1, size))
-
-        def restore(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-            stored = _store(scale, dtype)
-            codes = (groups / _divisor(scale, stored)[..., None]).round_()
-            codes.add_(zero[..., None]).clamp_(0, MAX_CODE).sub_(zero[..., None])
-            return codes.mul_(stored.to(torch.float32)[..., None])
-
-        scale, zero = search(groups, (scales(low * clip, high * clip) for clip in CLIPS), restore)
-    stored = _store(scale, dtype)
-    codes = grid.encode_with_zeros(tile, _divisor(scale, stored), zero, size)
-    return codes, stored, zero.to(torch.uint8)
+        candidates = (scales(low * clip, high * clip) for clip in CLIPS)
+        scale, zero = search(tile, torch.maximum(high, -low), candidates, store)
+    held = store(scale, zero)
+    return held.codes, held.scale.to(dtype), zero.to(torch.uint8)
 
 
 def stored_grid(

@@ -57,6 +57,21 @@ def reduce_columns(values: torch.Tensor, block_cols: int, fill: float = 0.0) -> 
     return padded.view(len(padded), -1, block_cols).amax(2)
 
 
+def sum_by_halves(groups: torch.Tensor) -> torch.Tensor:
+    """The sum of each group of n: float32 [groups, n] -> [groups].
+
+    Each addition is elementwise, so unlike torch.sum the order of additions depends on n alone, not
+    on the number of groups, threads or the device. Neighbours in memory become the same element of
+    neighbouring groups: adding long runs is several times faster.
+    """
+    values = groups.T.contiguous()
+    while (count := len(values)) > 1:
+        half = (count + 1) // 2
+        values[: count - half].add_(values[half:])
+        values = values[:half]
+    return values[0]
+
+
 def block_strips(
     tile: torch.Tensor, scale: torch.Tensor, block_rows: int, block_cols: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,13 +12,10 @@ from itertools import pairwise
 
 import torch
 
-from requant.quant.packing import e2m1_and_scale
-
 E2M1_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 #: What the codes 0..15 stand for.
 E2M1_VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
-_EXPONENT = 0x7F800000  # these bits of a float32
 
 
 def e2m1_bytes(values: torch.Tensor) -> torch.Tensor:
@@ -35,24 +32,6 @@ def e2m1_bytes(values: torch.Tensor) -> torch.Tensor:
     pairs = values.ceil_().add_(floor).to(torch.int8).view(torch.uint16)
     index = pairs.to(torch.int32).flatten()
     return _pair_table(values.device).index_select(0, index).view(pairs.shape)
-
-
-def e2m1_to_float32(packed: torch.Tensor) -> torch.Tensor:
-    """Packed codes, a byte for two, [rows, cols / 2] -> float32 [rows, cols]."""
-    values, factor = e2m1_and_scale(packed, torch.ones((), device=packed.device))
-    return values.mul_(factor)
-
-
-def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """The nearest E2M1 values of a float32 tensor of any strides. Overwrites `values`.
-
-    Steps are half the power of two below the value, and 0.5 below 1; a tie to an even number of
-    steps is one to the even code.
-    """
-    values.clamp_(-E2M1_MAX, E2M1_MAX)
-    step = values.view(torch.int32).bitwise_and(_EXPONENT).view(torch.float32)
-    step.clamp_min_(1).mul_(0.5)
-    return values.div_(step).round_().mul_(step)
 
 
 @functools.cache

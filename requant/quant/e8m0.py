@@ -30,11 +30,6 @@ def e8m0_to_float32(exponents: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def e8m0_reciprocal(exponents: torch.Tensor) -> torch.Tensor:
-    """uint8 bytes 0..254 -> float32 1 / 2^(b - 127), exact: a product with it is a division."""
-    return e8m0_to_float32(254 - exponents)
-
-
 def exponent_bytes(amax: torch.Tensor, largest: float, rule: str) -> torch.Tensor:
     """The uint8 exponents of groups with these finite float32 maxima, 0..254.
 

@@ -13,7 +13,7 @@ two a byte, low nibble first, NF4 and FP4 high nibble first. Scales and zero poi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 
 from requant.buffers import empty
 from requant.errors import FormatError
-from requant.quant.blocks import block_range, block_strips, reduce_columns
+from requant.quant.blocks import block_range, block_strips, reduce_columns, sum_by_halves
 from requant.quant.bnb_maps import nearest, pack_high_first, pair_table
 from requant.quant.compiled import array, loops_for
 from requant.quant.e2m1 import e2m1_bytes
@@ -79,6 +79,11 @@ class Coded:
         """Where the codes are."""
         return self.codes.device
 
+    def grouped(self, index: torch.Tensor) -> Coded:
+        """The same codes in groups that are no runs of columns: `index` [cols] is each one's."""
+        zero = None if self.zero is None else self.zero.index_select(1, index)
+        return replace(self, scale=self.scale.index_select(1, index), block=(1, 1), zero=zero)
+
 
 Tile = torch.Tensor | Coded
 
@@ -135,23 +140,26 @@ def encode(
         kind = getattr(loops, alphabet.upper())
         loops.encode(_matrix(loops, tile), kind, array(scale), *sides, cols, array(codes))
         return codes.view({"e4m3": _E4M3, "int8": torch.int8}.get(alphabet, torch.uint8))
-    quotient = decode(tile)
-    quotient = quotient.clone() if quotient is tile else quotient
-    mapped = alphabet in ("nf4", "fp4")
-    for strip, row_scale in block_strips(quotient, scale, *sides):
-        strip.mul_(row_scale) if mapped else strip.div_(row_scale)
     match alphabet:
         case "e4m3":
-            return quotient.clamp_(-448, 448).to(_E4M3)
+            return _quotient(tile, scale, sides).clamp_(-448, 448).to(_E4M3)
         case "e2m1":
-            return e2m1_bytes(quotient)
+            return e2m1_bytes(_quotient(tile, scale, sides))
         case "int4":
-            stored = quotient.clamp_(-8, 7).round_().add_(8).to(torch.uint8)
-            return pack_nibbles(stored).view(torch.uint8)
+            return _int4_bytes(_quotient(tile, scale, sides))
         case "int8":
-            return quotient.clamp_(-128, 127).round_().to(torch.int8)
+            return _quotient(tile, scale, sides).clamp_(-128, 127).round_().to(torch.int8)
         case "nf4" | "fp4":
-            return pack_high_first(nearest(quotient.flatten(), alphabet)).view(rows, -1)
+            product = _copy(tile)
+            for strip, factor in block_strips(product, scale, *sides):
+                strip.mul_(factor)
+            return pack_high_first(nearest(product.flatten(), alphabet)).view(rows, -1)
+
+
+def coded(alphabet: Alphabet, tile: Tile, scale: torch.Tensor, block: tuple[int, int]) -> Coded:
+    """The tile as it is once `encode` has stored it with these scales, which codes are multiplied
+    by; of "nf4" and "fp4", which divide them, there is none."""
+    return Coded(alphabet, encode(alphabet, tile, scale, block), scale, block, tile.shape[1])
 
 
 def encode_with_zeros(
@@ -170,16 +178,12 @@ def encode_with_zeros(
         grids = array(scale), array(zero)
         loops.encode_with_zeros(_matrix(loops, tile), *grids, sides[1], first, cols, array(codes))
         return codes
-    quotient = decode(tile)
-    quotient = quotient.clone() if quotient is tile else quotient
-    for strip, row_scale in block_strips(quotient, scale, *sides):
-        strip.div_(row_scale)
+    quotient = _quotient(tile, scale, sides)
     if not first:
         quotient.round_()
     for strip, row_zero in block_strips(quotient, zero - 8, *sides):
         strip.add_(row_zero)
-    stored = quotient.clamp_(-8, 7).round_().add_(8).to(torch.uint8)
-    return pack_nibbles(stored).view(torch.uint8)
+    return _int4_bytes(quotient)
 
 
 def round_to_bf16(tile: Tile) -> tuple[torch.Tensor, bool]:
@@ -249,6 +253,25 @@ def differences(tile: Tile, other: Coded) -> tuple[torch.Tensor, torch.Tensor]:
     return low, high
 
 
+def squared_errors(tile: Tile, coded: Coded, factor: torch.Tensor) -> torch.Tensor:
+    """What a tile's codes lose: float32 [rows, groups], of each group of columns the sum of the
+    squared differences, each multiplied by its group's `factor`, float32 [rows, groups], first.
+    Sums are by halves, so that they depend on nothing but the size of a group."""
+    rows, cols = shape = _shape(tile)
+    size = _checked(factor, (1, coded.block[1]), shape)[1]
+    loops = loops_for(tile)
+    if loops is not None:
+        sums = empty(tuple(factor.shape))
+        matrices = _matrix(loops, tile), _matrix(loops, coded)
+        loops.squared_errors(*matrices, array(factor), cols, array(sums))
+        return sums
+    errors = decode(coded).sub_(decode(tile))
+    for strip, row_factor in block_strips(errors, factor, 1, size):
+        strip.mul_(row_factor)
+    squares = torch.nn.functional.pad(errors.square_(), (0, -cols % size))
+    return sum_by_halves(squares.view(-1, size)).view(rows, -1)
+
+
 def require_finite(extreme: torch.Tensor) -> None:
     """Raise FormatError unless `extreme` (amax values; NaN propagates through them) is finite."""
     if not bool(torch.isfinite(extreme).all()):
@@ -266,6 +289,25 @@ def _amax(tile: Tile, block_cols: int) -> tuple[torch.Tensor, float]:
     found = empty((rows, -(-cols // block_cols)))
     bits = loops.amax(_matrix(loops, tile), cols, block_cols, array(found))
     return found, float(np.uint32(bits).view(np.float32))
+
+
+def _copy(tile: Tile) -> torch.Tensor:
+    """The tile as float32 in memory of its own."""
+    decoded = decode(tile)
+    return decoded.clone() if decoded is tile else decoded
+
+
+def _quotient(tile: Tile, scale: torch.Tensor, sides: tuple[int, int]) -> torch.Tensor:
+    """The tile divided by scales, in memory of its own."""
+    quotient = _copy(tile)
+    for strip, row_scale in block_strips(quotient, scale, *sides):
+        strip.div_(row_scale)
+    return quotient
+
+
+def _int4_bytes(quotient: torch.Tensor) -> torch.Tensor:
+    """Codes of quotients, which are overwritten, as they are stored."""
+    return pack_nibbles(quotient.clamp_(-8, 7).round_().add_(8).to(torch.uint8)).view(torch.uint8)
 
 
 def _matrix(loops: Any, tile: Tile) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ from requant.quant.integer import (
     quantize_asymmetric,
     quantize_symmetric,
 )
-from requant.quant.packing import pack_nibbles, row_major, unpack_nibbles
+from requant.quant.packing import pack_nibbles, row_major, turned, unpack_nibbles
 
 #: What engines have kernels for, and messages suggest; other multiples of 8 are legal.
 GROUP_SIZES = (32, 64, 128)
@@ -110,8 +110,7 @@ class Int4(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        plain = self.method == "rtn" and self.arithmetic == "fp32"
-        return plain and not self.act_order
+        return self.arithmetic == "fp32" and not self.act_order
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Packed codes, scales and the true shape. Raises when the group does not divide."""
@@ -163,12 +162,8 @@ class Int4(Codec):
         packed, zero = row_major(codes).view(torch.uint8), self._zero(parts, rows)
         if zero is not None:
             zero = zero.to(torch.float32).contiguous()
-        if not self.act_order:
-            return Coded("int4", packed, scale, (1, self.group_size), cols, zero)
-        # As many groups as columns, of which each has one of its own.
-        index = self._group_index(parts, cols)
-        scale, zero = scale[:, index], None if zero is None else zero[:, index]
-        return Coded("int4", packed, scale, (1, 1), cols, zero)
+        tile = Coded("int4", packed, scale, (1, self.group_size), cols, zero)
+        return tile.grouped(self._group_index(parts, cols)) if self.act_order else tile
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """Stored codes, scales and zero points. Raises FormatError for true act-order."""
@@ -266,7 +261,7 @@ class Int4(Codec):
         parts = {} if words is None else {"weight_packed": words}
         parts["weight_scale"] = scale
         if zero is not None:
-            parts["weight_zero_point"] = row_major(pack_nibbles(zero.T).T)
+            parts["weight_zero_point"] = turned(pack_nibbles(zero.T))
         parts["weight_shape"] = torch.tensor(shape, dtype=torch.int64)
         return parts
 

@@ -68,6 +68,7 @@ class Int4Awq(Codec):
     checked_against = "AutoAWQ, gptqmodel"
     quant_method = "awq"
     tolerance = Tolerance(max_kl=0.1, min_sqnr_db=10.0)
+    lean = True
     alphabet = "int4"
     packs = frozenset({"int4"})
 
@@ -75,11 +76,6 @@ class Int4Awq(Codec):
         require_choice("group_size", self.group_size, GROUP_SIZES)
         require_choice("scale", self.scale, SCALES)
         require_choice("method", self.method, METHODS)
-
-    @property
-    def lean(self) -> bool:  # type: ignore[override]
-        """What compiled loops do."""
-        return self.method == "rtn"
 
     def row_alignment(self, cols: int) -> int:
         """Eight rows share a word; AutoAWQ packs four words at a time."""
@@ -126,7 +122,7 @@ class Int4Awq(Codec):
         return Codes(
             alphabet="int4",
             codes=None if words is None else unpack_rows(words),
-            scale=parts["scales"].T.contiguous(),
+            scale=turned(parts["scales"]),
             block=(1, self._size(shape[1])),
             zero=zero if bool((zero != CENTRE).any()) else None,
         )

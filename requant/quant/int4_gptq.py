@@ -91,7 +91,7 @@ class Int4Gptq(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        return self.method == "rtn" and not self.act_order
+        return not self.act_order
 
     def row_alignment(self, cols: int) -> int:
         """Eight rows share a word of zero points."""
@@ -129,13 +129,10 @@ class Int4Gptq(Codec):
         rows, cols = shape
         scale = turned(parts["scales"].to(torch.float32))
         zero = self._zero_points(parts["qzeros"], rows).to(torch.float32).contiguous()
+        codes = turned(parts["qweight"]).view(torch.uint8)
+        tile = Coded("int4", codes, scale, (1, self._size(cols)), cols, zero)
         index = self._groups(parts["g_idx"], len(parts["scales"]))
-        codes, block = turned(parts["qweight"]).view(torch.uint8), (1, self._size(cols))
-        if self._is_regular(index):
-            return Coded("int4", codes, scale, block, cols, zero)
-        # As many groups as columns, of which each has one of its own.
-        zero, scale = zero.index_select(1, index), scale.index_select(1, index)
-        return Coded("int4", codes, scale, (1, 1), cols, zero)
+        return tile if self._is_regular(index) else tile.grouped(index)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Codes:
         """Codes in the order of the weight. Raises FormatError for act-order groups."""
@@ -149,7 +146,7 @@ class Int4Gptq(Codec):
         return Codes(
             alphabet="int4",
             codes=None if words is None else turned(words).view(torch.uint8),
-            scale=parts["scales"].T.contiguous(),
+            scale=turned(parts["scales"]),
             block=(1, self._size(cols)),
             zero=zero if bool((zero != CENTRE).any()) else None,
         )

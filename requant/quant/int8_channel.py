@@ -86,7 +86,7 @@ class Int8Channel(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        return self.method == "rtn" and self.arithmetic == "fp32"
+        return self.arithmetic == "fp32"
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and one scale a row."""

@@ -12,14 +12,12 @@ scale; "bf16" rounds weight, quotient and sum to BF16, as compressed-tensors doe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from requant.errors import FormatError
 from requant.quant import grid
 from requant.quant.codec import FLOAT_SCALES, require_choice, scale_dtype
-from requant.quant.grid import Alphabet, Tile
+from requant.quant.grid import Alphabet, Coded, Tile
 from requant.quant.search import CLIPS, METHODS, search
 
 ARITHMETICS = ("fp32", "bf16")
@@ -62,26 +60,24 @@ def quantize_symmetric(
         tile = grid.decode(tile).to(torch.bfloat16)
     amax = grid.amax(tile, group_size)
     half_range = half_range or (2**bits - 1) / 2
-    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    alphabet: Alphabet = "int4" if bits == 4 else "int8"
+    block = (1, group_size)
 
-    def restore(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        step = scale.to(torch.float32)[..., None]
-        return (groups / step).clamp_(least, most).round_().mul_(step)
+    def store(scale: torch.Tensor) -> Coded:
+        return grid.coded(alphabet, tile, scale.to(torch.float32), block)
 
     if arithmetic == "bf16":
         amax = amax.to(torch.bfloat16)
     scale = cast_scale(amax / half_range, dtype)
     if method == "mse":
-        groups = grid.decode(tile).unflatten(1, (amax.shape[1], -1))
         candidates = ((cast_scale(amax * clip / half_range, dtype),) for clip in CLIPS)
-        (scale,) = search(groups, candidates, restore)
-    alphabet: Alphabet = "int4" if bits == 4 else "int8"
+        (scale,) = search(tile, amax, candidates, store)
     step = scale.to(torch.float32)
     if arithmetic == "bf16":  # the quotient, rounded before it becomes an integer
         groups = grid.decode(tile).unflatten(1, (amax.shape[1], -1))
         tile = (groups / step[..., None]).to(torch.bfloat16).flatten(1)
         step = torch.ones_like(step)
-    return grid.encode(alphabet, tile, step, (1, group_size)), scale
+    return grid.encode(alphabet, tile, step, block), scale
 
 
 def quantize_asymmetric(
@@ -104,31 +100,23 @@ def quantize_asymmetric(
         zero = (-8 - low / step.to(dtype).to(precision)).clamp_(-8, 7).round_()
         return cast_scale(step, dtype), zero.nan_to_num_(0.0)  # a group of zeros: 0 / 0
 
-    def quotient(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        shifted = (groups / scale.to(precision)[..., None]).add_(zero[..., None])
-        return shifted.clamp_(-8, 7)
-
-    def restore(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        codes = quotient(groups, scale, zero).round_().sub_(zero[..., None])
-        return codes.mul_(scale.to(torch.float32)[..., None])
-
-    def candidates() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for below, above in _CLIP_PAIRS:
-            yield parameters(low * below, high * above)
-
-    def groups() -> torch.Tensor:
-        return grid.decode(tile).to(precision).reshape(*low.shape, -1)
+    def store(scale: torch.Tensor, zero: torch.Tensor) -> Coded:
+        step, stored = scale.to(torch.float32), zero.to(torch.float32) + 8
+        codes = grid.encode_with_zeros(tile, step, stored, group_size, first=True)
+        return Coded("int4", codes, step, (1, group_size), tile.shape[1], stored)
 
     scale, zero = parameters(low, high)
     if method == "mse":
-        scale, zero = search(groups(), candidates(), restore)
-    step, stored = scale.to(torch.float32), zero.to(torch.float32) + 8
+        candidates = (parameters(low * below, high * above) for below, above in _CLIP_PAIRS)
+        scale, zero = search(tile, torch.maximum(high, -low), candidates, store)
     if arithmetic == "bf16":  # the sum, rounded before it becomes an integer
-        tile = quotient(groups(), scale, zero).to(torch.float32).flatten(1)
-        codes = grid.encode("int4", tile, torch.ones_like(step), (1, group_size))
+        groups = grid.decode(tile).to(precision).unflatten(1, (low.shape[1], -1))
+        sums = (groups / scale[..., None]).add_(zero[..., None]).to(torch.float32).flatten(1)
+        one = torch.ones(1, 1, device=tile.device)
+        codes = grid.encode("int4", sums, one, (-1, -1))
     else:
-        codes = grid.encode_with_zeros(tile, step, stored, group_size, first=True)
-    return codes, scale, stored.to(torch.uint8)
+        codes = store(scale, zero).codes
+    return codes, scale, zero.add(8).to(torch.uint8)
 
 
 def cast_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -95,12 +95,12 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any
 
 def _splat_of(context: Any, row: Any, start: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _place(context, builder, signature.args[0], args[0], args[1])
+        lanes = _lanes(context, builder, signature.args[0], args[0], args[1])
         none = ir.Constant(_16_FLOATS, ir.Undefined)
         first = builder.insert_element(none, args[2], ir.Constant(_I32, 0))
         same = ir.Constant(_16_INTS, [0] * 16)
         vector = builder.shuffle_vector(first, none, same)
-        builder.store(vector, builder.bitcast(place, _16_FLOATS.as_pointer()), align=4)
+        builder.store(vector, lanes, align=4)
         return context.get_dummy_value()
 
     return types.void(row, types.intp, types.float32), generate
@@ -124,15 +124,52 @@ def _largest_of(length: int) -> Any:
     return typing
 
 
+def _lanes(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Where 16 floats of an array begin."""
+    place = _place(context, builder, kind, array, index)
+    return builder.bitcast(place, _16_FLOATS.as_pointer())
+
+
+def _add_of(context: Any, row: Any, start: Any, other: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, more = (_lanes(context, builder, signature.args[0], args[0], i) for i in args[1:])
+        both = (builder.load(lanes, align=4) for lanes in (to, more))
+        builder.store(builder.fadd(*both), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp, types.intp), generate
+
+
+def _sum_of(context: Any, row: Any, start: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = _lanes(context, builder, signature.args[0], args[0], args[1])
+        found, count = builder.load(lanes, align=4), 16
+        while count > 1:
+            count //= 2
+            indices = ir.VectorType(_I32, count)
+            low, high = (
+                builder.shuffle_vector(found, found, ir.Constant(indices, [*range(at, at + count)]))
+                for at in (0, count)
+            )
+            found = builder.fadd(low, high)
+        return builder.extract_element(found, ir.Constant(_I32, 0))
+
+    return types.float32(row, types.intp), generate
+
+
 #: The uint32 with the bits of a float32, and back.
 _bits: Any = intrinsic(_bits_of)
 _float: Any = intrinsic(_float_of)
 #: `_splat16(row, start, value)`: 16 floats from `start` on become `value`. `_largest8(row, start)`
-#: and `_largest16`: of so many unsigned integers the largest, their first bit, a sign, aside. LLVM
-#: makes vector instructions of long loops, but not of loops as short as the groups of a format.
+#: and `_largest16`: of so many unsigned integers the largest, their first bit, a sign, aside.
+#: `_add16(row, start, other)`: 16 floats from `other` on are added to those from `start` on.
+#: `_sum16(row, start)`: the sum of 16 floats, by halves. LLVM makes vector instructions of long
+#: loops, but not of loops as short as the groups of a format.
 _splat16: Any = intrinsic(_splat_of)
 _largest8: Any = intrinsic(_largest_of(8))
 _largest16: Any = intrinsic(_largest_of(16))
+_add16: Any = intrinsic(_add_of)
+_sum16: Any = intrinsic(_sum_of)
 
 
 @_compiled
@@ -271,22 +308,20 @@ def awq_codes(words: npt.NDArray[np.uint32], codes: Bytes) -> None:
                 row[i] = U8(U32(first & U32(15)) | U32(U32(second & U32(15)) << U32(4)))
 
 
-@_compiled
-def _nf4_rank(value: Any) -> Any:
-    """How many of the points between NF4's values lie below a float32: its code."""
-    rank = U32(0)
-    for middle in _NF4_MIDDLES:
-        rank = U32(rank + U32(value > F32(middle)))
-    return U8(rank)
+def _ranks(middles: tuple[float, ...]) -> Any:
+    """How many of these points lie below a float32."""
+
+    @_compiled
+    def rank(value: Any) -> Any:
+        below = U32(0)
+        for middle in middles:
+            below = U32(below + U32(value > F32(middle)))
+        return U8(below)
+
+    return rank
 
 
-@_compiled
-def _fp4_rank(value: Any) -> Any:
-    """How many of the points between FP4's values lie below a float32."""
-    rank = U32(0)
-    for middle in _FP4_MIDDLES:
-        rank = U32(rank + U32(value > F32(middle)))
-    return U8(rank)
+_nf4_rank, _fp4_rank = _ranks(_NF4_MIDDLES), _ranks(_FP4_MIDDLES)
 
 
 @_compiled
@@ -326,7 +361,8 @@ def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
         for i in range(out.shape[0]):
             out[i] = (F32(np.int32(codes[i])) - zeros[i]) * factors[i]
     elif kind == NF4 or kind == FP4:
-        values, wide = _NF4_PAIRS if kind == NF4 else _FP4_PAIRS, out.view(np.uint64)
+        values = _NF4_PAIRS if kind == NF4 else _FP4_PAIRS
+        wide = out.view(np.uint64)
         for i in range(wide.shape[0]):
             wide[i] = values[stored[i]]
         for i in range(out.shape[0]):
@@ -458,6 +494,42 @@ def differences(
                 ulps = np.int32(ours[i] - theirs[i])
                 down, up = min(down, ulps), max(up, ulps)
             least[block], most[block] = down, up
+
+
+@_compiled
+def squared_errors(matrix: Matrix, other: Matrix, factor: Floats, cols: int, out: Floats) -> None:
+    """Of each of the codes' runs of columns the sum of the squares of [rows, cols] less the codes,
+    each times its run's `factor`; the columns that a short last run lacks are 0."""
+    size = other[5]
+    scratch, other_scratch = _scratch(matrix, cols), _scratch(other, cols)
+    factors = np.empty(cols, F32)
+    squares = np.zeros(out.shape[1] * size, F32)  # sums leave the zeros beyond the last column
+    for r in range(out.shape[0]):
+        _spread(factor[r], size, factors)
+        ours, theirs = _row(matrix, r, scratch), _row(other, r, other_scratch)
+        for i in range(cols):
+            error = (theirs[i] - ours[i]) * factors[i]
+            squares[i] = error * error
+        for run in range(out.shape[1]):
+            out[r, run] = _sum(squares, run * size, size)
+
+
+@_compiled
+def _sum(row: Floats, start: int, count: int) -> Any:
+    """The sum of `count` floats, which are overwritten: the second half is added to the first until
+    one is left."""
+    while count > 1:
+        if count == 16:
+            return _sum16(row, start)
+        half = (count + 1) // 2
+        if count % 32 == 0:
+            for i in range(start, start + half, 16):
+                _add16(row, i, i + half)
+        else:
+            for i in range(start, start + count - half):
+                row[i] += row[i + half]
+        count = half
+    return row[start]
 
 
 @_compiled

@@ -34,11 +34,10 @@ from requant.quant.codec import (
     require_groups,
 )
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme, stored_weights
-from requant.quant.e2m1 import E2M1_MAX, round_to_e2m1
+from requant.quant.e2m1 import E2M1_MAX
 from requant.quant.e4m3 import fine_grained_config
 from requant.quant.e8m0 import (
     RULES,
-    e8m0_reciprocal,
     e8m0_to_float32,
     exponent_bytes,
     require_exponents,
@@ -75,6 +74,7 @@ class Mxfp4(Codec):
     loaded_by = "transformers, vLLM, SGLang"
     checked_against = "compressed-tensors, transformers"
     tolerance = Tolerance(max_kl=0.15, min_sqnr_db=10.0)
+    lean = True
     alphabet = "e2m1"
     packs = frozenset[Alphabet](("e2m1",))
 
@@ -110,11 +110,6 @@ class Mxfp4(Codec):
         """Whether only fused experts are stored so."""
         return self.container == "gpt-oss"
 
-    @property
-    def lean(self) -> bool:  # type: ignore[override]
-        """What compiled loops do."""
-        return self.method == "rtn"
-
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes and exponents. Raises when 32 does not divide the columns."""
         require_groups(self.name, cols, GROUP)
@@ -141,9 +136,10 @@ class Mxfp4(Codec):
     ) -> dict[str, torch.Tensor]:
         """Exponents by the rule, codes to the nearest; the division by the scale is exact."""
         self._require_writable()
-        exponents = exponent_bytes(grid.amax(tile, GROUP), E2M1_MAX, self.exponent)
+        amax = grid.amax(tile, GROUP)
+        exponents = exponent_bytes(amax, E2M1_MAX, self.exponent)
         if self.method == "mse":
-            exponents = _search(grid.decode(tile).unflatten(1, (-1, GROUP)), exponents)
+            exponents = _search(tile, amax, exponents)
         codes = grid.encode("e2m1", tile, e8m0_to_float32(exponents), (1, GROUP))
         return self._parts(codes, exponents)
 
@@ -254,13 +250,12 @@ class Mxfp4(Codec):
             )
 
 
-def _search(groups: torch.Tensor, ceil: torch.Tensor) -> torch.Tensor:
+def _search(tile: Tile, amax: torch.Tensor, ceil: torch.Tensor) -> torch.Tensor:
     """Per group the exponent of "ceil", or one less if clipping costs less than the finer grid
     gains."""
 
-    def restore(groups: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-        rounded = round_to_e2m1(groups * e8m0_reciprocal(exponents)[..., None])
-        return rounded.mul_(e8m0_to_float32(exponents)[..., None])
+    def store(exponents: torch.Tensor) -> Coded:
+        return grid.coded("e2m1", tile, e8m0_to_float32(exponents), (1, GROUP))
 
-    (exponents,) = search(groups, ((ceil,), (ceil.clamp_min(1) - 1,)), restore)
+    (exponents,) = search(tile, amax, ((ceil,), (ceil.clamp_min(1) - 1,)), store)
     return exponents

@@ -156,6 +156,7 @@ class BitsAndBytes(Codec):
 
     def summarize(self, measured: Sequence[torch.Tensor]) -> torch.Tensor:
         """The mean of absmax: one float32 sum over all of it, in torch's order on a CPU."""
+        # Not in malloc's memory, which would be in ever more pieces with each weight.
         whole = empty((sum(map(len, measured)),))
         mean = torch.cat(list(measured), out=whole).mean()
         if not bool(torch.isfinite(mean)):
@@ -336,8 +337,8 @@ class BitsAndBytes(Codec):
         As bitsandbytes rounds: a product with the reciprocal, but a quotient in a short last block.
         """
         size = self.blocksize
-        reciprocal = absmax[: len(absmax) - bool(rest.numel())].clamp_min(_AMAX_FLOOR).reciprocal_()
-        factors = reciprocal.view(blocks.shape[0], blocks.shape[1] // size)
+        rows, groups = blocks.shape[0], blocks.shape[1] // size
+        factors = absmax[: rows * groups].view(rows, groups).clamp_min(_AMAX_FLOOR).reciprocal_()
         codes = grid.encode(self.kind, blocks, factors, (1, size)).flatten()
         if not rest.numel():
             return codes

@@ -36,12 +36,10 @@ from requant.quant.codec import (
 )
 from requant.quant.compiled import flat, loops_for
 from requant.quant.compressed_tensors import QUANT_METHOD, scheme
-from requant.quant.e2m1 import E2M1_MAX, round_to_e2m1
+from requant.quant.e2m1 import E2M1_MAX
 from requant.quant.e4m3 import E4M3_MAX
 from requant.quant.grid import Alphabet, Coded, Tile, require_finite
-from requant.quant.packing import (
-    e4m3_to_float32,
-)
+from requant.quant.packing import e4m3_to_float32
 from requant.quant.search import METHODS, search
 
 GROUP = 16
@@ -94,7 +92,7 @@ class Nvfp4(Codec):
     @property
     def lean(self) -> bool:  # type: ignore[override]
         """What compiled loops do."""
-        return self.method == "rtn" and self.arithmetic == "fp32"
+        return self.arithmetic == "fp32"
 
     def specs(self, rows: int, cols: int) -> dict[str, TensorSpec]:
         """Codes, local scales, global scale. Raises when 16 does not divide the columns."""
@@ -129,9 +127,10 @@ class Nvfp4(Codec):
         if self.arithmetic == "bf16":
             tile = self._round(grid.decode(tile))
         whole = self.summarize([self.measure(tile)]) if summary is None else summary
-        local, scale = self._scales(grid.amax(tile, GROUP), whole)
+        amax = grid.amax(tile, GROUP)
+        local, scale = self._scales(amax, whole)
         if self.method == "mse":
-            local = self._search(grid.decode(tile).unflatten(1, (-1, GROUP)), local, whole)
+            local = self._search(tile, amax, local, whole)
             scale = self._scale(local, whole)
         codes = grid.encode("e2m1", tile, scale, (1, GROUP))
         return self._parts(codes, local, whole)
@@ -276,7 +275,7 @@ class Nvfp4(Codec):
         return whole
 
     def _search(
-        self, groups: torch.Tensor, local: torch.Tensor, whole: torch.Tensor
+        self, tile: Tile, amax: torch.Tensor, local: torch.Tensor, whole: torch.Tensor
     ) -> torch.Tensor:
         """Per group the E4M3 scale near plain rounding's with the least squared error."""
         codes = local.view(torch.uint8)
@@ -286,11 +285,11 @@ class Nvfp4(Codec):
                 near = (codes.to(torch.int16) + step).clamp_(1, 0x7E)  # 2^-9 to 448
                 yield (near.to(torch.uint8),)
 
-        def restore(groups: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-            scale = self._scale(codes.view(torch.float8_e4m3fn), whole)[..., None]
-            return round_to_e2m1(groups / scale).mul_(scale)
+        def store(codes: torch.Tensor) -> Coded:
+            scale = self._scale(codes.view(torch.float8_e4m3fn), whole)
+            return grid.coded("e2m1", tile, scale, (1, GROUP))
 
-        (best,) = search(groups, candidates(), restore)
+        (best,) = search(tile, amax, candidates(), store)
         return best.view(torch.float8_e4m3fn)
 
     def _parts(

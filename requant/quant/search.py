@@ -5,15 +5,13 @@ serves the others better. The search tries the scales of a fixed grid of clips a
 group, the one whose stored codes and stored scale decode nearest to the weight. Plain rounding is
 the first candidate and ties keep the earlier one, so the error is never larger than rtn's.
 
-How a format uses it, for groups [rows, groups, n] of float32:
+How a format uses it, for a tile whose groups of `size` columns have the largest magnitudes `amax`:
 
-    def restore(groups, scale):                          # what encode and decode do together
-        step = scale.to(torch.float32)[..., None]
-        return (groups / step).clamp_(-8, 7).round_().mul_(step)
+    def store(scale):
+        return grid.coded("int4", tile, scale.to(torch.float32), (1, size))
 
-    amax = groups.abs().amax(-1)
     scales = ((amax * clip / 7.5).to(torch.bfloat16) for clip in CLIPS)   # the dtype as stored
-    (scale,) = search(groups, ((scale,) for scale in scales), restore)
+    (scale,) = search(tile, amax, ((scale,) for scale in scales), store)
 """
 
 from __future__ import annotations
@@ -21,6 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+
+from requant.quant import grid
+from requant.quant.grid import Coded, Tile
 
 METHODS = ("rtn", "mse")
 
@@ -30,28 +31,23 @@ CLIPS = (1.0, *(percent / 100 for percent in range(106, 78, -2) if percent != 10
 
 
 def search(
-    groups: torch.Tensor,
+    tile: Tile,
+    amax: torch.Tensor,
     candidates: Iterable[tuple[torch.Tensor, ...]],
-    restore: Callable[..., torch.Tensor],
-    importance: torch.Tensor | None = None,
+    store: Callable[..., Coded],
 ) -> tuple[torch.Tensor, ...]:
-    """Per group of `groups` [..., n] float32, finite, the candidate of the least squared error.
+    """Per group of columns of a finite tile, the candidate of the least squared error.
 
-    A candidate is what is stored for each group (scale; or scale and zero point), tensors [...] in
-    their stored values. `restore(groups, *candidate)` gives the float32 [..., n] that the groups
-    decode to when stored so, in memory of its own: it is overwritten. `importance` [n] or
-    [..., n], >= 0, weights the squares. The answer does not depend on how a weight was cut into
-    tiles. Memory: a copy of the groups, and what `restore` takes for one candidate.
+    A candidate is what is stored for each group (scale; or scale and zero point), tensors [rows,
+    groups] in their stored values. `store(*candidate)` gives the tile as it is when stored so.
+    `amax`: the groups' largest magnitudes, float32 [rows, groups]. The answer does not depend on
+    how a weight was cut into tiles. Memory: the codes of one candidate.
     """
-    groups = _spread(groups)
-    unit = _unit(groups)
+    unit = _unit(amax)
     best: tuple[torch.Tensor, ...] = ()
     least: torch.Tensor | None = None
     for candidate in candidates:
-        error = restore(groups, *candidate).sub_(groups).mul_(unit).square_()
-        if importance is not None:
-            error.mul_(importance)
-        total = _sum(error)
+        total = grid.squared_errors(tile, store(*candidate), unit)
         if least is None:
             best, least = candidate, total
             continue
@@ -61,27 +57,8 @@ def search(
     return best
 
 
-def _spread(groups: torch.Tensor) -> torch.Tensor:
-    """The same groups, neighbours in memory being the same element of neighbouring groups: sums
-    over a group then add long runs, several times faster for groups of 32."""
-    return groups.flatten(0, -2).T.contiguous().T.view(groups.shape)
-
-
-def _unit(groups: torch.Tensor) -> torch.Tensor:
-    """Powers of two [..., 1] that bring each group near 1, so that its squares are normal."""
-    exponent: torch.Tensor = torch.frexp(groups.abs().amax(-1, keepdim=True)).exponent
+def _unit(amax: torch.Tensor) -> torch.Tensor:
+    """Powers of two that bring each group near 1, so that its squares are normal."""
+    exponent: torch.Tensor = torch.frexp(amax).exponent
     bits: torch.Tensor = torch.clamp(127 - exponent, 1, 254) << 23
     return bits.view(torch.float32)
-
-
-def _sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum along the last dim [..., n] -> [...], in place, by halves.
-
-    Each addition is elementwise, so unlike torch.sum the order of additions depends on n alone,
-    not on the number of groups, threads or the device.
-    """
-    while (count := values.shape[-1]) > 1:
-        half = (count + 1) // 2
-        values[..., : count - half].add_(values[..., half:])
-        values = values[..., :half]
-    return values[..., 0]

@@ -323,6 +323,23 @@ def test_differences(block: tuple[int, int], by_torch: Any) -> None:
         assert torch.equal(found[0], low) and torch.equal(found[1], high)
 
 
+@pytest.mark.parametrize("cols", [1, 31, 320, 1024])
+@pytest.mark.parametrize("size", [1, 7, 16, 24, 32, 64, 80, 128, -1])
+def test_squared_errors(cols: int, size: int, by_torch: Any, same: Any) -> None:
+    """Of groups of any size, the last one partial: the sum, to the bits of torch's."""
+    generator = torch.Generator().manual_seed(cols)
+    tile = torch.randn(3, cols, generator=generator)
+    scale = scales((3, cols), (1, size), -8)
+    coded = grid.Coded("int8", grid.encode("int8", tile, scale, (1, size)), scale, (1, size), cols)
+    factor = torch.full_like(scale, 0.5)
+    found = grid.squared_errors(tile, coded, factor)
+    assert same(found, by_torch(grid.squared_errors, tile, coded, factor))
+    squares = (grid.decode(coded).double() - tile).mul(0.5).square()
+    runs = squares.split(size if size > 0 else cols, dim=1)
+    expected = torch.stack([run.sum(1) for run in runs], 1)
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("position", [0, 17, 95])

@@ -362,6 +362,7 @@ def test_pack_undoes_unpack(text: str, weight: Any, same: Any) -> None:
     parts = codec.encode(weight(*shape), shape)
     codes = codec.unpack(parts, shape)
     assert codes.alphabet == "int4" and codes.codes is not None
+    assert codes.codes.shape == (21, 128)
     again = codec.pack(codes, shape)
     assert set(again) == set(parts)
     assert all(same(again[name], tensor) for name, tensor in parts.items())

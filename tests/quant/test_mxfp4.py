@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from requant.errors import FormatError
 from requant.quant import detect_format, format_name, parse_format
 from requant.quant.codec import Codes, TensorSpec
-from requant.quant.e2m1 import E2M1_VALUES, e2m1_bytes, e2m1_to_float32, round_to_e2m1
-from requant.quant.e8m0 import e8m0_reciprocal, e8m0_to_float32, exponent_bytes
+from requant.quant.e2m1 import E2M1_VALUES, e2m1_bytes
+from requant.quant.e8m0 import e8m0_to_float32, exponent_bytes
 from requant.quant.mxfp4 import Mxfp4
 from requant.quant.packing import unpack_nibbles
 from tests.quant.test_quant_properties import Case, cases, quick
@@ -89,14 +89,6 @@ def test_packed_low_nibble_first_by_hand() -> None:
     assert e2m1_bytes(ties).tolist() == [[0x20, 0x42, 0x64, 0x76, 0x08, 0x8F]]
 
 
-def test_both_roundings_are_the_same(weight: Any) -> None:
-    """The table of `e2m1_bytes`, the steps of `round_to_e2m1`, and strides of any kind."""
-    values = weight(64, 96) * 3.3
-    expected = e2m1_to_float32(e2m1_bytes(values.clone()))
-    assert torch.equal(round_to_e2m1(values.clone()), expected)
-    assert torch.equal(round_to_e2m1(values.T.contiguous().T), expected)
-
-
 @pytest.mark.parametrize("scale", [0.02, 1.0, 300.0])
 def test_rounding_is_compressed_tensors(scale: float) -> None:
     pytest.importorskip("compressed_tensors")
@@ -116,7 +108,6 @@ def test_every_exponent() -> None:
     byte = torch.arange(255, dtype=torch.uint8)
     powers = e8m0_to_float32(byte)
     assert powers.tolist() == [2.0 ** (b - 127) for b in range(255)]
-    assert (powers * e8m0_reciprocal(byte) == 1).all()
     with pytest.raises(FormatError, match="the E8M0 byte 255, which is NaN"):
         e8m0_to_float32(torch.tensor([3, 255], dtype=torch.uint8))
 
@@ -272,6 +263,7 @@ def test_containers_hold_the_same(source: str, target: str, same: Any) -> None:
     parts = random_parts(reader, *shape)
     codes = reader.unpack(parts, shape)
     assert codes.codes is not None and codes.codes.dtype == torch.uint8
+    assert codes.codes.shape == (40, 112) and unpack_nibbles(codes.codes, 224).max() == 15
     written = writer.pack(codes, shape)
     expected = random_parts(writer, *shape)
     assert list(written) == list(expected)

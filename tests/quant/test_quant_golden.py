@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from requant.quant import parse_format
+from requant.quant import grid, parse_format
 from requant.quant.codec import Codec, TensorSpec
-from requant.quant.e2m1 import E2M1_VALUES, e2m1_to_float32
+from requant.quant.e2m1 import E2M1_VALUES
 from requant.quant.fp8_block import Fp8Block
 from requant.quant.int4 import Int4
 from requant.quant.int8_channel import Int8Channel
@@ -117,7 +117,8 @@ def test_scaled_e2m1(power: int, same: Any) -> None:
     for scale in (2.0**power, -(2.0**power)):
         values, moved = e2m1_and_scale(packed, torch.tensor(scale))
         assert same(values * moved, expected * scale)
-    assert same(e2m1_to_float32(packed), expected)
+    one = torch.ones(1, 1)
+    assert same(grid.decode(grid.Coded("e2m1", packed, one, (-1, -1), 512)), expected)
 
 
 def test_int4_first_row_by_hand() -> None:

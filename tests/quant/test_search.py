@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given
 
 from requant.errors import FormatError
-from requant.quant import parse_format
+from requant.quant import compiled, grid, parse_format
+from requant.quant.grid import Coded, Tile
 from requant.quant.search import CLIPS, search
 from tests.quant.test_quant_properties import Case, cases, quick
 
@@ -86,40 +88,54 @@ def test_unknown_method(text: str) -> None:
         parse_format(f"{text}[method=best]")
 
 
-def restore(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    codes = (groups / scale[..., None] + zero[..., None]).round_().clamp_(0, 3)
-    return codes.sub_(zero[..., None]).mul_(scale[..., None])
+def store(tile: Tile, size: int) -> Callable[..., Coded]:
+    """INT4 with zero points in groups of `size` columns."""
+
+    def stored(scale: torch.Tensor, zero: torch.Tensor) -> Coded:
+        codes = grid.encode_with_zeros(tile, scale, zero, size)
+        return Coded("int4", codes, scale, (1, size), tile.shape[1], zero)
+
+    return stored
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(5, 3, 16), (1, 7), (40, 1)])
-def test_search_is_the_argmin(shape: tuple[int, ...], weighted: bool) -> None:
+@pytest.mark.parametrize("shape", [(5, 48, 16), (1, 7, 7), (40, 1, 1), (9, 100, 32)])
+@pytest.mark.parametrize("torch_alone", [False, True])
+def test_search_is_the_argmin(
+    shape: tuple[int, int, int], torch_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against every candidate's error, written out in float64."""
+    if torch_alone:
+        monkeypatch.setattr(compiled, "_loops", lambda: None)
+    rows, cols, size = shape
     generator = torch.Generator().manual_seed(len(shape))
-    groups = torch.randn(shape, generator=generator)
-    importance = torch.rand(shape[-1], generator=generator) if weighted else None
+    tile = torch.randn(rows, cols, generator=generator)
+    groups = rows, -(-cols // size)
     candidates = [
-        (torch.rand(shape[:-1], generator=generator) + 0.1, torch.full(shape[:-1], float(zero)))
-        for zero in (0, 1, 2, 3, 1, 2)
+        (torch.rand(groups, generator=generator) + 0.1, torch.full(groups, float(zero)))
+        for zero in (0, 4, 8, 11, 4, 8)
     ]
-    best = search(groups, iter(candidates), restore, importance)
-    squares = torch.stack([(restore(groups, *c) - groups).double().square() for c in candidates])
-    chosen = (squares * (1 if importance is None else importance)).sum(-1).argmin(0)
+    stored, padding = store(tile, size), (0, -cols % size)
+    best = search(tile, grid.amax(tile, size), iter(candidates), stored)
+    squares = torch.stack([
+        torch.nn.functional.pad(grid.decode(stored(*c)).double() - tile, padding).square()
+        for c in candidates
+    ])  # fmt: skip
+    chosen = squares.unflatten(2, (-1, size)).sum(-1).argmin(0)
     for position, found in enumerate(best):
         every = torch.stack([candidate[position] for candidate in candidates])
         assert torch.equal(found, every.gather(0, chosen[None])[0])
 
 
 def test_ties_keep_the_earlier_candidate() -> None:
-    groups = torch.tensor([[1.0, -1.0]])
-    candidates = [(torch.tensor([scale]), torch.ones(1)) for scale in (1.0, 0.5, 1.0)]
-    candidates[2] = (torch.tensor([1.0]), torch.tensor([2.0]))
-    scale, zero = search(groups, candidates, restore)
-    assert (scale.item(), zero.item()) == (1.0, 1.0)
+    tile, amax = torch.tensor([[1.0, -1.0]]), torch.ones(1, 1)
+    numbers = [(1.0, 8.0), (0.3, 8.0), (1.0, 9.0)]
+    candidates = [tuple(torch.tensor([[number]]) for number in pair) for pair in numbers]
+    scale, zero = search(tile, amax, candidates, store(tile, 2))
+    assert (scale.item(), zero.item()) == (1.0, 8.0)
 
 
 def test_search_leaves_its_input() -> None:
-    groups = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    before = groups.clone()
-    search(groups, [(torch.ones(4), torch.ones(4))] * 2, restore)
-    assert torch.equal(groups, before)
+    tile = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    before, amax = tile.clone(), grid.amax(tile)
+    search(tile, amax, [(torch.ones(4, 1), torch.ones(4, 1))] * 2, store(tile, 8))
+    assert torch.equal(tile, before) and torch.equal(amax, grid.amax(before))
