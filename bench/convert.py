@@ -24,6 +24,8 @@ from floor import drop_cache, read_seconds, write_seconds
 from synthetic import make_checkpoint
 from table import markdown
 
+from requant.quant import parse_format
+
 TARGETS = ("bf16", "fp8-block", "int8-channel", "int4", "mxfp4", "nvfp4")
 #: Sources, and the bytes of each for a byte of the FP8 checkpoint that it is made from.
 SOURCES = {"fp8-block": 1.0, "bf16": 2.0, "mxfp4": 17 / 32}
@@ -114,7 +116,8 @@ def _measure(
         child = requant("convert", str(source), str(out), "--to", target)
         facts = requant("inspect", str(out)).document
         sizes = [file.stat().st_size for file in _weight_files(out)]
-    if target not in facts["formats"] or facts["files"] != len(sizes):
+    found = [parse_format(name) for name in facts["formats"]]  # which do not tell a method
+    if parse_format(target) not in found or facts["files"] != len(sizes):
         raise SystemExit(f"{target}: the output reads back as {facts['formats']}")
     reported = child.document["peak_rss_bytes"]
     if not child.peak_rss_bytes * (1 - RSS_SLACK) <= reported <= child.peak_rss_bytes:

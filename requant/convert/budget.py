@@ -86,10 +86,10 @@ def _sizes(plan: Plan) -> _Sizes:
     for weight in plan.weights:
         if weight.codec is None:
             continue
-        elements = steps.tile_elements(weight.source, weight.codec)
-        each = LEAN_BYTES if steps.is_lean(weight.source, weight.codec) else TILE_BYTES
-        tile = max(tile, each * steps.largest(weight, elements))
-        piece = max(piece, steps.largest(weight, steps.CHUNK_ELEMENTS))
+        stored, codec = weight.source, weight.codec
+        each = LEAN_BYTES if steps.is_lean(stored, codec) else TILE_BYTES
+        tile = max(tile, each * steps.largest(weight, steps.tile_elements(stored, codec)))
+        piece = max(piece, steps.largest(weight, steps.step_elements(stored, codec)))
         parts = weight.specs.items()
         held = max(held, sum(s.nbytes for p, s in parts if p != weight.streamed))
     return _Sizes(tile, piece, held)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,8 @@ from requant.quant import Codec
 from requant.quant.compiled import available
 
 #: Elements that are one step of work, and how many of them are decoded at a time where a tile is
-#: decoded as a whole; otherwise a tile is as many as are stored in a few megabytes, at most.
+#: decoded as a whole; otherwise a tile is as many as are stored in a few megabytes, and written in
+#: twice as many: of 4-bit weights up to twice the usual step, and a step of its own.
 CHUNK_ELEMENTS = 1 << 22
 TILE_ELEMENTS = 1 << 20
 TILE_BYTES = 1 << 22
@@ -98,7 +99,7 @@ class Summaries:
             return [of_tile(*rows) for rows in _ranges(stored, codec, elements, start, stop)]
 
         for stored in companions:
-            for start, stop in _ranges(stored, codec, CHUNK_ELEMENTS):
+            for start, stop in _ranges(stored, codec, step_elements(stored, codec)):
                 yield self._pool.submit(measure, stored, start, stop)
 
 
@@ -125,7 +126,8 @@ class Steps:
                 summary = self._summaries.of(weight)
                 convert = partial(_encode, self._source, weight, self._device, summary)
             rows, _ = weight.source.shape
-            for start, stop in _ranges(weight.source, weight.codec, CHUNK_ELEMENTS):
+            elements = step_elements(weight.source, weight.codec)
+            for start, stop in _ranges(weight.source, weight.codec, elements):
                 last = stop == rows
                 yield partial(_convert, convert, weight, start, stop, last)
                 self._heavy += not weight.codec.lean
@@ -230,11 +232,24 @@ def _of_rows(stored: StoredWeight, start: int, stop: int, compute: Callable[[], 
         raise FormatError(f"{stored.name}, rows {start}:{stop}: {error}") from error
 
 
+def step_elements(stored: StoredWeight, codec: Codec) -> int:
+    """About how many elements are one step of work."""
+    return max(CHUNK_ELEMENTS, tile_elements(stored, codec))
+
+
 def tile_elements(stored: StoredWeight, codec: Codec) -> int:
     """About how many elements are computed at a time."""
     if not is_lean(stored, codec):
         return TILE_ELEMENTS
-    return min(CHUNK_ELEMENTS, TILE_BYTES * math.prod(stored.shape) // max(stored.nbytes, 1))
+    rows, cols = stored.shape
+    nbytes = max(stored.nbytes, _written_bytes(codec, rows, cols) // 2, 1)
+    return min(2 * CHUNK_ELEMENTS, TILE_BYTES * rows * cols // nbytes)
+
+
+@lru_cache(maxsize=1024)
+def _written_bytes(codec: Codec, rows: int, cols: int) -> int:
+    """Bytes of all parts of a weight in a format."""
+    return sum(spec.nbytes for spec in codec.specs(rows, cols).values())
 
 
 def is_lean(stored: StoredWeight, codec: Codec) -> bool:
