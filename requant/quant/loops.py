@@ -10,7 +10,7 @@ row], the kind of numbers that they are, and two grids of float32 whose entries 
 i * block_rows on and columns j * block_cols on; the last blocks may be partial. Floats have no use
 for scales, and only INT4 has one for zero points; an empty grid of them stands for 8. Rows are
 decoded one at a time, into memory that stays in the processor's first cache, on their way to what
-is asked for.
+is asked for. FP4 codes whose scales are powers of two become other codes by tables.
 
 Arrays are C-contiguous. Loops are over whole rows and free of branches, which lets LLVM use vector
 instructions: scales are spread over a row first, and integers are cast at every step as Numba would
@@ -35,7 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Matrix = tuple[int, Bytes, Floats, Floats, int, int]
 
-U8, U16, U32, F32 = np.uint8, np.uint16, np.uint32, np.float32
+U8, U16, U32, U64, F32 = np.uint8, np.uint16, np.uint32, np.uint64, np.float32
 
 #: Kinds of numbers: codes that scales multiply, and floats.
 E4M3, INT8, INT4, E2M1, NF4, FP4, BF16, FP32 = range(8)
@@ -45,12 +45,14 @@ _MAGNITUDE = U32(0x7FFFFFFF)
 #: Beyond 2^23 float32 has no fractions: adding this rounds to nearest even, and leaves the integer
 #: in the low bits in two's complement.
 _ROUND = 1.5 * 2**23
+#: How many tables of 16 codes `_translate` keeps: 24 KiB with what they are for.
+_TABLES_LOG2 = 10
 
 
 def _pairs(values: tuple[float, ...]) -> npt.NDArray[np.uint64]:
     """Of each byte the values of its high nibble and then its low one, as 64 bits."""
     byte = np.arange(256)
-    return np.array(values, F32)[np.stack((byte >> 4, byte & 15), 1)].view(np.uint64)[:, 0]
+    return np.array(values, F32)[np.stack((byte >> 4, byte & 15), 1)].view(U64)[:, 0]
 
 
 def _codes(order: tuple[int, ...]) -> Bytes:
@@ -84,8 +86,9 @@ def _float_of(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), lambda c, b, s, a: b.bitcast(a[0], ir.FloatType())
 
 
-_I32 = ir.IntType(32)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 _16_FLOATS, _16_INTS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_I32, 16)
+_16_BYTES = ir.VectorType(ir.IntType(8), 16)
 
 
 def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -157,19 +160,45 @@ def _sum_of(context: Any, row: Any, start: Any) -> Any:
     return types.float32(row, types.intp), generate
 
 
+def _look_up_of(context: Any, tables: Any, table: Any, row: Any, start: Any, out: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds, places = signature.args, ((0, 1), (2, 3), (4, 3))
+        entries, indices, found = (
+            builder.bitcast(
+                _place(context, builder, kinds[array], args[array], args[index]),
+                _16_BYTES.as_pointer(),
+            )
+            for array, index in places
+        )
+        entries, indices = (builder.load(vector, align=1) for vector in (entries, indices))
+        # LLVM makes one instruction of these where the processor has it.
+        looked_up = ir.Constant(_16_BYTES, ir.Undefined)
+        for lane in (ir.Constant(_I32, i) for i in range(16)):
+            index = builder.zext(builder.extract_element(indices, lane), _I64)
+            entry = builder.extract_element(entries, index)
+            looked_up = builder.insert_element(looked_up, entry, lane)
+        builder.store(looked_up, found, align=1)
+        return context.get_dummy_value()
+
+    return types.void(tables, types.intp, row, types.intp, out), generate
+
+
 #: The uint32 with the bits of a float32, and back.
 _bits: Any = intrinsic(_bits_of)
 _float: Any = intrinsic(_float_of)
 #: `_splat16(row, start, value)`: 16 floats from `start` on become `value`. `_largest8(row, start)`
 #: and `_largest16`: of so many unsigned integers the largest, their first bit, a sign, aside.
 #: `_add16(row, start, other)`: 16 floats from `other` on are added to those from `start` on.
-#: `_sum16(row, start)`: the sum of 16 floats, by halves. LLVM makes vector instructions of long
-#: loops, but not of loops as short as the groups of a format.
+#: `_sum16(row, start)`: the sum of 16 floats, by halves. `_look_up16(tables, table, row, start,
+#: out)`: 16 bytes of `out` from `start` on become what the 16 bytes from `table` on have at the
+#: indices 0..15 of `row`. LLVM makes vector instructions of long loops, but not of loops as short
+#: as the groups of a format.
 _splat16: Any = intrinsic(_splat_of)
 _largest8: Any = intrinsic(_largest_of(8))
 _largest16: Any = intrinsic(_largest_of(16))
 _add16: Any = intrinsic(_add_of)
 _sum16: Any = intrinsic(_sum_of)
+_look_up16: Any = intrinsic(_look_up_of)
 
 
 @_compiled
@@ -362,7 +391,7 @@ def _row(matrix: Matrix, r: int, scratch: Any) -> Any:
             out[i] = (F32(np.int32(codes[i])) - zeros[i]) * factors[i]
     elif kind == NF4 or kind == FP4:
         values = _NF4_PAIRS if kind == NF4 else _FP4_PAIRS
-        wide = out.view(np.uint64)
+        wide = out.view(U64)
         for i in range(wide.shape[0]):
             wide[i] = values[stored[i]]
         for i in range(out.shape[0]):
@@ -425,12 +454,80 @@ def encode(
 ) -> None:
     """The codes of the kind `to` nearest to [rows, cols] divided by other scales; 0 in what a row
     of `out` has beyond them."""
+    kind, _, scale, _, _, source_cols = matrix
+    if kind == E2M1 and to <= E2M1 and _are_powers_of_two(scale):
+        if cols % 16 == source_cols % 16 == block_cols % 16 == 0:
+            _translate(matrix, to, divisor, block_rows, block_cols, cols, out)
+            return
     scratch = _scratch(matrix, cols)
     divisors, codes = np.empty(cols, F32), np.zeros(2 * out.shape[1], U8)
     for r in range(out.shape[0]):
         if r % block_rows == 0:
             _spread(divisor[r // block_rows], block_cols, divisors)
         _encode_row(to, _row(matrix, r, scratch), divisors, codes, out[r])
+
+
+@_compiled
+def _are_powers_of_two(scales: Floats) -> Any:
+    """Whether all are, and normal: none is 0."""
+    others, least = U32(0), U32(0xFFFFFFFF)
+    for row in scales.view(U32):
+        for i in range(row.shape[0]):
+            others |= U32(row[i] & U32(0x807FFFFF))
+            least = min(least, row[i])
+    return others == U32(0) and least > U32(0)
+
+
+@_compiled
+def _translate(
+    matrix: Matrix,
+    to: int,
+    divisor: Floats,
+    block_rows: int,
+    block_cols: int,
+    cols: int,
+    out: Bytes,
+) -> None:
+    """What `encode` does for E2M1 whose scales are powers of two, and for runs of 16 columns that
+    share both scales. Pairs of scales are few then, as the largest of a run has 8 values: for each
+    pair a table of what the 16 codes become is made once, and kept."""
+    _, rows, scale, _, source_rows, source_cols = matrix
+    factors, divisors = np.empty(cols // 16, F32), np.empty(cols // 16, F32)
+    pairs, tables = np.zeros(1 << _TABLES_LOG2, U64), np.empty(16 << _TABLES_LOG2, U8)
+    codes, found = np.empty(cols, U8), np.empty(cols, U8)
+    packed = to == INT4 or to == E2M1
+    for r in range(out.shape[0]):
+        if r % source_rows == 0:
+            _spread(scale[r // source_rows], source_cols // 16, factors)
+        if r % block_rows == 0:
+            _spread(divisor[r // block_rows], block_cols // 16, divisors)
+        unpack(rows[r], codes)
+        target = found if packed else out[r]
+        for run in range(factors.shape[0]):
+            high, low = _bits(factors[run]), _bits(divisors[run])
+            pair = U64(U64(U64(high) << U64(32)) | U64(low))
+            mixed = U32(U32(low ^ U32(high >> U32(3))) * U32(0x9E3779B1))
+            table = np.intp(U32(mixed >> U32(32 - _TABLES_LOG2)))
+            if pairs[table] != pair:
+                pairs[table] = pair
+                _fill(to, factors[run], divisors[run], tables[16 * table : 16 * table + 16])
+            _look_up16(tables, 16 * table, codes, 16 * run, target)
+        if packed:
+            pack(found, out[r])
+
+
+@_compiled
+def _fill(to: int, factor: Any, divisor: Any, table: Bytes) -> None:
+    """The codes of the kind `to` that the 16 of E2M1 become."""
+    values, divisors = np.empty(16, F32), np.full(16, divisor, F32)
+    for code in range(16):
+        values[code] = _e2m1_value(code) * factor
+    codes, pairs = np.empty(16, U8), np.empty(8, U8)
+    if to == E4M3 or to == INT8:
+        _encode_row(to, values, divisors, codes, table)
+    else:
+        _encode_row(to, values, divisors, codes, pairs)
+        unpack(pairs, table)
 
 
 @_compiled

@@ -122,6 +122,35 @@ def test_loops_encode_and_decode_as_torch_does(
 
 
 @pytest.mark.parametrize("alphabet", ALPHABETS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [*BLOCKS, (1, 24)])
+@pytest.mark.parametrize("source_block", [(1, 32), (1, 16), (3, 48), (-1, -1), (1, 8)])
+@pytest.mark.parametrize("kind", ["one power", "any power", "any scale"])
+def test_codes_of_fp4_become_others(
+    alphabet: Alphabet,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    source_block: tuple[int, int],
+    kind: str,
+    by_torch: Any,
+    same: Any,
+) -> None:
+    """As their floats do: with few scales, with more than there are tables, and with such that are
+    no powers of two, where none are used."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    packed = torch.randint(0, 256, (shape[0], shape[1] // 2), generator=generator)
+    scale, divisor = scales(shape, source_block, 0), scales(shape, block, 0)
+    if kind != "any scale":
+        spread = 1 if kind == "one power" else 40
+        scale = torch.randint(-spread, spread, scale.shape, generator=generator).float().exp2()
+        near = torch.randint(-spread, spread, divisor.shape, generator=generator).float()
+        divisor *= near.exp2()
+    tile = coded("e2m1", packed.to(torch.uint8), scale, source_block)
+    codes = grid.encode(alphabet, tile, divisor, block)
+    assert same(codes, by_torch(grid.encode, alphabet, tile, divisor, block))
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
 def test_codes_are_the_nearest(alphabet: Alphabet, by_torch: Any, same: Any) -> None:
     """At every value, every point halfway between two, beside them, and beyond the last."""
     values = values_of(alphabet)
