@@ -122,7 +122,7 @@ def test_loops_encode_and_decode_as_torch_does(
 
 
 @pytest.mark.parametrize("alphabet", ALPHABETS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(7, 40), (130, 320)])
 @pytest.mark.parametrize("block", [*BLOCKS, (1, 24)])
 @pytest.mark.parametrize("source_block", [(1, 32), (1, 16), (3, 48), (-1, -1), (1, 8)])
 @pytest.mark.parametrize("kind", ["one power", "any power", "any scale"])
