@@ -99,9 +99,9 @@ def read_layout(where: Path | Folder) -> Layout | None:
         texts += [text for table in layout.tables for text in (*table, *table.values())]
         if not all(isinstance(text, str) for text in texts) or not ranks:
             raise TypeError("names and pieces are strings")
-        if not "".join(texts).isprintable():
-            strange = next(text for text in texts if not text.isprintable())
-            raise TypeError(f"unprintable characters in {strange!a}")
+        strange = [text for text in texts if not text.isprintable()]
+        if strange:
+            raise TypeError(f"unprintable characters in {strange[0]!a}")
         ways = (layout.parallel.tp, layout.parallel.ep, layout.parallel.pp)
         if not all(type(number) is int and number > 0 for number in ways):
             raise TypeError("tp, ep and pp are numbers from 1")

@@ -45,7 +45,7 @@ _MAGNITUDE = U32(0x7FFFFFFF)
 #: Beyond 2^23 float32 has no fractions: adding this rounds to nearest even, and leaves the integer
 #: in the low bits in two's complement.
 _ROUND = 1.5 * 2**23
-#: How many tables of 16 codes `_translate` keeps: 24 KiB with what they are for.
+#: How many tables of 16 codes `_translate_row` keeps: 24 KiB with what they are for.
 _TABLES_LOG2 = 10
 
 
@@ -91,9 +91,12 @@ _16_FLOATS, _16_INTS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(_I32, 16
 _16_BYTES = ir.VectorType(ir.IntType(8), 16)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    """The address of an array's element."""
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+def _lanes(
+    context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any = _16_FLOATS
+) -> Any:
+    """Where a vector, 16 floats unless told, begins at an array's element."""
+    place = builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+    return builder.bitcast(place, vector.as_pointer())
 
 
 def _splat_of(context: Any, row: Any, start: Any, value: Any) -> Any:
@@ -112,11 +115,11 @@ def _splat_of(context: Any, row: Any, start: Any, value: Any) -> Any:
 def _largest_of(length: int) -> Any:
     def typing(context: Any, row: Any, start: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            place = _place(context, builder, signature.args[0], args[0], args[1])
             bits = row.dtype.bitwidth
             integer = ir.IntType(bits)
             vector = ir.VectorType(integer, length)
-            found = builder.load(builder.bitcast(place, vector.as_pointer()), align=bits // 8)
+            lanes = _lanes(context, builder, signature.args[0], args[0], args[1], vector)
+            found = builder.load(lanes, align=bits // 8)
             sizes = builder.and_(found, ir.Constant(vector, [(1 << bits - 1) - 1] * length))
             kind = ir.FunctionType(integer, [vector])
             name = f"llvm.vector.reduce.umax.v{length}i{bits}"
@@ -125,12 +128,6 @@ def _largest_of(length: int) -> Any:
         return row.dtype(row, types.intp), generate
 
     return typing
-
-
-def _lanes(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    """Where 16 floats of an array begin."""
-    place = _place(context, builder, kind, array, index)
-    return builder.bitcast(place, _16_FLOATS.as_pointer())
 
 
 def _add_of(context: Any, row: Any, start: Any, other: Any) -> Any:
@@ -162,15 +159,11 @@ def _sum_of(context: Any, row: Any, start: Any) -> Any:
 
 def _look_up_of(context: Any, tables: Any, table: Any, row: Any, start: Any, out: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds, places = signature.args, ((0, 1), (2, 3), (4, 3))
         entries, indices, found = (
-            builder.bitcast(
-                _place(context, builder, kinds[array], args[array], args[index]),
-                _16_BYTES.as_pointer(),
-            )
-            for array, index in places
+            _lanes(context, builder, signature.args[array], args[array], args[index], _16_BYTES)
+            for array, index in ((0, 1), (2, 3), (4, 3))
         )
-        entries, indices = (builder.load(vector, align=1) for vector in (entries, indices))
+        entries, indices = (builder.load(lanes, align=1) for lanes in (entries, indices))
         # LLVM makes one instruction of these where the processor has it.
         looked_up = ir.Constant(_16_BYTES, ir.Undefined)
         for lane in (ir.Constant(_I32, i) for i in range(16)):
@@ -454,24 +447,28 @@ def encode(
 ) -> None:
     """The codes of the kind `to` nearest to [rows, cols] divided by other scales; 0 in what a row
     of `out` has beyond them."""
-    kind, _, scale, _, _, source_cols = matrix
-    if kind == E2M1 and to <= E2M1 and _are_powers_of_two(scale):
-        if cols % 16 == source_cols % 16 == block_cols % 16 == 0:
-            _translate(matrix, to, divisor, block_rows, block_cols, cols, out)
-            return
-    scratch = _scratch(matrix, cols)
-    divisors, codes = np.empty(cols, F32), np.zeros(2 * out.shape[1], U8)
+    by_tables = cols % 16 == block_cols % 16 == 0 and _has_tables(matrix, to)
+    run = 16 if by_tables else 1
+    scratch, tables = _scratch(matrix, cols), _tables(cols if by_tables else 0)
+    divisors, codes = np.empty(cols // run, F32), np.zeros(2 * out.shape[1], U8)
     for r in range(out.shape[0]):
         if r % block_rows == 0:
-            _spread(divisor[r // block_rows], block_cols, divisors)
-        _encode_row(to, _row(matrix, r, scratch), divisors, codes, out[r])
+            _spread(divisor[r // block_rows], block_cols // run, divisors)
+        if by_tables:
+            _translate_row(matrix, r, to, divisors, tables, codes, out[r])
+        else:
+            _encode_row(to, _row(matrix, r, scratch), divisors, codes, out[r])
 
 
 @_compiled
-def _are_powers_of_two(scales: Floats) -> Any:
-    """Whether all are, and normal: none is 0."""
+def _has_tables(matrix: Matrix, to: int) -> Any:
+    """Whether `_translate_row` knows the way: from E2M1 in blocks of 16 columns, whose scales are
+    powers of two, and normal (none is 0)."""
+    kind, _, scale, _, _, block_cols = matrix
+    if kind != E2M1 or to > E2M1 or block_cols % 16:
+        return False
     others, least = U32(0), U32(0xFFFFFFFF)
-    for row in scales.view(U32):
+    for row in scale.view(U32):
         for i in range(row.shape[0]):
             others |= U32(row[i] & U32(0x807FFFFF))
             least = min(least, row[i])
@@ -479,55 +476,49 @@ def _are_powers_of_two(scales: Floats) -> Any:
 
 
 @_compiled
-def _translate(
-    matrix: Matrix,
-    to: int,
-    divisor: Floats,
-    block_rows: int,
-    block_cols: int,
-    cols: int,
-    out: Bytes,
-) -> None:
-    """What `encode` does for E2M1 whose scales are powers of two, and for runs of 16 columns that
-    share both scales. Pairs of scales are few then, as the largest of a run has 8 values: for each
-    pair a table of what the 16 codes become is made once, and kept."""
-    _, rows, scale, _, source_rows, source_cols = matrix
-    factors, divisors = np.empty(cols // 16, F32), np.empty(cols // 16, F32)
-    pairs, tables = np.zeros(1 << _TABLES_LOG2, U64), np.empty(16 << _TABLES_LOG2, U8)
-    codes, found = np.empty(cols, U8), np.empty(cols, U8)
-    packed = to == INT4 or to == E2M1
-    for r in range(out.shape[0]):
-        if r % source_rows == 0:
-            _spread(scale[r // source_rows], source_cols // 16, factors)
-        if r % block_rows == 0:
-            _spread(divisor[r // block_rows], block_cols // 16, divisors)
-        unpack(rows[r], codes)
-        target = found if packed else out[r]
-        for run in range(factors.shape[0]):
-            high, low = _bits(factors[run]), _bits(divisors[run])
-            pair = U64(U64(U64(high) << U64(32)) | U64(low))
-            mixed = U32(U32(low ^ U32(high >> U32(3))) * U32(0x9E3779B1))
-            table = np.intp(U32(mixed >> U32(32 - _TABLES_LOG2)))
-            if pairs[table] != pair:
-                pairs[table] = pair
-                _fill(to, factors[run], divisors[run], tables[16 * table : 16 * table + 16])
-            _look_up16(tables, 16 * table, codes, 16 * run, target)
-        if packed:
-            pack(found, out[r])
+def _tables(cols: int) -> Any:
+    """What `_translate_row` needs: the factors of runs, unpacked codes, and tables beside the pairs
+    of scales that they are for."""
+    count = 1 << _TABLES_LOG2 if cols else 0
+    factors, codes = np.empty(cols // 16, F32), np.empty(cols, U8)
+    return factors, codes, np.zeros(count, U64), np.empty(16 * count, U8)
 
 
 @_compiled
-def _fill(to: int, factor: Any, divisor: Any, table: Bytes) -> None:
-    """The codes of the kind `to` that the 16 of E2M1 become."""
-    values, divisors = np.empty(16, F32), np.full(16, divisor, F32)
+def _translate_row(
+    matrix: Matrix, r: int, to: int, divisors: Floats, memory: Any, codes: Bytes, out: Bytes
+) -> None:
+    """What `_encode_row` does with `_row` r, for runs of 16 columns that share both scales, the
+    second of which is in `divisors`. Pairs of scales are few where `_has_tables`, as the largest of
+    a run has 8 values: for each a table of what the 16 codes become is made once, and kept."""
+    _, rows, scale, _, block_rows, block_cols = matrix
+    factors, indices, pairs, tables = memory
+    if r % block_rows == 0:
+        _spread(scale[r // block_rows], block_cols // 16, factors)
+    unpack(rows[r], indices)
+    packed = to == INT4 or to == E2M1
+    target = codes if packed else out
+    for run in range(factors.shape[0]):
+        high, low = _bits(factors[run]), _bits(divisors[run])
+        pair = U64(U64(U64(high) << U64(32)) | U64(low))
+        mixed = U32(U32(low ^ U32(high >> U32(3))) * U32(0x9E3779B1))
+        start = 16 * np.intp(U32(mixed >> U32(32 - _TABLES_LOG2)))
+        if pairs[start // 16] != pair:
+            pairs[start // 16] = pair
+            _fill(to, packed, factors[run], divisors[run], tables[start : start + 16])
+        _look_up16(tables, start, indices, 16 * run, target)
+    if packed:
+        pack(codes, out)
+
+
+@_compiled
+def _fill(to: int, packed: bool, factor: Any, divisor: Any, table: Bytes) -> None:
+    """The codes of the kind `to`, one in a byte, that the 16 of E2M1 become."""
+    values = np.empty(16, F32)
     for code in range(16):
         values[code] = _e2m1_value(code) * factor
-    codes, pairs = np.empty(16, U8), np.empty(8, U8)
-    if to == E4M3 or to == INT8:
-        _encode_row(to, values, divisors, codes, table)
-    else:
-        _encode_row(to, values, divisors, codes, pairs)
-        unpack(pairs, table)
+    out = np.empty(8, U8) if packed else table
+    _encode_row(to, values, np.full(16, divisor, F32), table, out)
 
 
 @_compiled
